@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationInfo
-
-from edgeft.tool import Tool
 
 Facts = dict[str, Any]
 """Small JSON-ready findings a stage returns: a loss, a size, a verdict."""
@@ -85,6 +83,21 @@ class Needs:
     vram_mb: int = 0
 
 
+class Requirement(Protocol):
+    """A program or library a stage needs: an edgeft.tool.Tool, or a part of llama.cpp."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pin(self) -> str:
+        """Its exact version, which enters the key; empty for whatever the machine has."""
+        ...
+
+    def find(self) -> str:
+        """Where it is or will be; raises SetupError when this machine can neither find nor make it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[P]):
     """One row of the pipeline: plain data and one plain function."""
@@ -98,7 +111,7 @@ class Stage(Generic[P]):
     """Upstream stages by name, or by name/kind. They must stand earlier in STAGES."""
     makes: tuple[str, ...] = ()
     """Files that must exist under `out` when `run` returns."""
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[Requirement, ...] = ()
     """Checked before the build starts; their pins enter the key."""
     extra: str = ""
     """The optional dependency group `run` imports from; such a stage runs in a process of its own."""

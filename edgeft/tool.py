@@ -58,7 +58,7 @@ def run(
         process = subprocess.Popen(
             argv, cwd=cwd, env={**os.environ, **(env or {})}, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  two system calls, no locks
         )  # fmt: skip
     except FileNotFoundError:
         raise SetupError(f"{argv[0]} is not installed") from None

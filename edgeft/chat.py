@@ -1,0 +1,58 @@
+"""Ask a finished model: llama.cpp through llama-cpp-python, with the template that is in the file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from edgeft.errors import SetupError
+
+Message = dict[str, str]
+
+
+class Chat:
+    """One loaded GGUF model and the conversation so far. Close it, or use it in a `with`."""
+
+    def __init__(
+        self, model: Path, *, context: int, threads: int, system: str = "", temperature: float = 0.0
+    ) -> None:
+        from edgeft import llamacpp
+
+        llamacpp.activate()
+        llamacpp.ensure("library")
+        bindings = llamacpp.native()
+        self.temperature = temperature
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        with contextlib.redirect_stderr(None):
+            self._llama: Any = bindings.Llama(
+                str(model), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+        if "tokenizer.chat_template" not in self._llama.metadata:
+            self.close()
+            raise SetupError(f"{model} carries no chat template", hint="build it from a base that has one")
+
+    def ask(self, question: str, max_tokens: int) -> Iterator[str]:
+        """Stream the answer piece by piece, and keep it as part of the conversation."""
+        self.messages.append({"role": "user", "content": question})
+        said = ""
+        stream = self._llama.create_chat_completion(
+            messages=self.messages, max_tokens=max_tokens, temperature=self.temperature, stream=True
+        )
+        for part in stream:
+            piece = part["choices"][0]["delta"].get("content") or ""
+            said += piece
+            if piece:
+                yield piece
+        self.messages.append({"role": "assistant", "content": said})
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llama.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,161 @@
+"""The command line: read files, make a plan, hand it on, show what came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeft.errors import EdgeftError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Fine-tune a small model, prove that it survived quantization, ship it to a device.",
+)  # fmt: skip
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe file.", show_default=False)]
+Target = Annotated[str, typer.Option(help="A target's name or file; the recipe's own by default.")]
+Upto = Annotated[str, typer.Option(help="Stop after this stage or variant.")]
+StoreDir = Annotated[Path, typer.Option(envvar="EDGEFT_STORE", help="Where results are kept.")]
+Model = Annotated[Path, typer.Argument(help="A built recipe, or a .gguf file.", show_default=False)]
+Variant = Annotated[str, typer.Option(help="Which quantization, such as q4_k_m; the first by default.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes what this machine has free.", min=0)]
+STORE = Path(".edgeft")
+
+
+@app.command()
+def build(
+    recipe: Recipe,
+    target: Target = "",
+    upto: Upto = "",
+    store: StoreDir = STORE,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log on the terminal.")] = False,
+) -> None:
+    """Make the model a recipe describes: run whatever is not yet done."""
+    from edgeft.commands import building
+
+    building.build(recipe, target, upto, store, verbose=verbose)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    target: Target = "",
+    upto: Upto = "",
+    store: StoreDir = STORE,
+    why: Annotated[bool, typer.Option("--why", help="Say which input changed since the last build.")] = False,
+) -> None:
+    """Show the steps a build would take, which are done, and what the others will need."""
+    from edgeft.commands import building
+
+    building.plan(recipe, target, upto, store, why=why)
+
+
+@app.command()
+def show(
+    recipe: Recipe,
+    step: Annotated[str, typer.Argument(help="One step, such as train or verify.")] = "",
+    target: Target = "",
+    store: StoreDir = STORE,
+) -> None:
+    """Show what a build made: its report, or everything one step recorded."""
+    from edgeft.commands import building
+
+    building.show(recipe, step, target, store)
+
+
+@app.command()
+def chat(
+    model: Model,
+    question: Annotated[str, typer.Argument(help="Ask this and stop; without it, a conversation.")] = "",
+    variant: Variant = "",
+    store: StoreDir = STORE,
+    threads: Threads = 0,
+    max_tokens: Annotated[int, typer.Option(help="Where an answer is cut.", min=1)] = 256,
+) -> None:
+    """Talk to a built model."""
+    from edgeft.commands import talking
+
+    talking.chat(model, question, variant, store, threads, max_tokens)
+
+
+@app.command()
+def serve(
+    model: Model,
+    variant: Variant = "",
+    store: StoreDir = STORE,
+    threads: Threads = 0,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    api_key: Annotated[str, typer.Option(envvar="EDGEFT_API_KEY", help="Required beyond localhost.")] = "",
+) -> None:
+    """Serve a built model with llama-server: OpenAI's API and a web chat."""
+    from edgeft.commands import talking
+
+    talking.serve(model, variant, store, threads, host, port, api_key)
+
+
+@app.command()
+def doctor(store: StoreDir = STORE) -> None:
+    """Check GPU, driver, compiler, llama.cpp and disk, and say what repairs each gap."""
+    from edgeft.commands import looking
+
+    looking.doctor(store)
+
+
+@app.command()
+def targets() -> None:
+    """List the devices that edgeft knows."""
+    from edgeft.commands import looking
+
+    looking.targets()
+
+
+@app.command()
+def init(
+    data: Annotated[
+        Path, typer.Argument(help="A data file: JSON, JSONL, CSV or Parquet.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="The recipe to write; beside the data by default.")] = None,
+) -> None:
+    """Look at a data file and write a commented recipe for it."""
+    from edgeft.commands import looking
+
+    looking.init(data, out)
+
+
+@app.command()
+def clean(
+    recipes: Annotated[
+        list[Path] | None, typer.Argument(help="Keep what these need; all built ones by default.")
+    ] = None,
+    store: StoreDir = STORE,
+    everything: Annotated[bool, typer.Option("--all", help="Delete every result.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete results that no recipe needs any more."""
+    from edgeft.commands import building
+
+    building.clean(recipes or [], store, everything=everything, dry_run=dry_run)
+
+
+def main() -> None:
+    """Run a command; an EdgeftError becomes its sentence, its hint and its exit code."""
+    try:
+        app()
+    except EdgeftError as e:
+        from edgeft.console import say_error
+
+        say_error(e)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        sys.stderr.flush()
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

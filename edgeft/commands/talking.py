@@ -1,0 +1,107 @@
+"""chat and serve: a built model, found through its recipe or named as a file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from edgeft import console
+from edgeft.commands.building import read
+from edgeft.errors import EdgeftError, RecipeError, SetupError
+from edgeft.plan import plan as make_plan
+from edgeft.stage import Step
+from edgeft.store import Store
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model file and the settings it is served with."""
+
+    path: Path
+    settings: dict[str, Any]
+
+
+def chat(model: Path, question: str, variant: str, store_dir: Path, threads: int, max_tokens: int) -> None:
+    """Answer one question, or hold a conversation until an empty line or Ctrl-D."""
+    from edgeft.chat import Chat
+    from edgeft.llamacpp.threads import default_threads
+
+    found = find(model, variant, Store(store_dir))
+    s = found.settings
+    with console.out.status("loading the model"):
+        opened = Chat(
+            found.path, context=s.get("context", 2048), threads=threads or default_threads(),
+            system=s.get("system", ""), temperature=s.get("temperature", 0.0),
+        )  # fmt: skip
+    with opened as talk:
+        if question:
+            _answer(talk, question, max_tokens)
+            return
+        console.out.print("[dim]an empty line ends the conversation[/dim]")
+        while line := _read():
+            _answer(talk, line, max_tokens)
+
+
+def serve(
+    model: Path, variant: str, store_dir: Path, threads: int, host: str, port: int, api_key: str
+) -> None:
+    """Replace this process by the pinned llama-server on the built model."""
+    from edgeft import llamacpp
+    from edgeft.llamacpp.server import serve_command
+    from edgeft.llamacpp.threads import default_threads
+
+    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+        raise SetupError(
+            f"llama-server on {host} would answer anybody in the network",
+            hint="give --api-key, or listen on 127.0.0.1",
+        )
+    found = find(model, variant, Store(store_dir))
+    s = found.settings
+    with console.watching("llama-server"):
+        llamacpp.ensure("server")
+    command = serve_command(
+        found.path, host=host, port=port, context=s.get("context", 2048), threads=threads or default_threads(),
+        kv_type=s.get("kv_type", "f16"), api_key=api_key,
+    )  # fmt: skip
+    console.out.print(f"http://{host}:{port}  OpenAI API under /v1; Ctrl-C stops it", highlight=False)
+    os.execv(command[0], command)
+
+
+def find(model: Path, variant: str, store: Store) -> Found:
+    """The file that `model` means: itself, or what the recipe built. Raises EdgeftError when it is not built."""
+    if model.suffix == ".gguf":
+        if not model.is_file():
+            raise EdgeftError(f"{model} does not exist")
+        return Found(model, {})
+    steps = make_plan(*read(model, ""))
+    files = [s for s in steps if s.stage.id == "quantize/gguf" and variant in ("", s.variant)]
+    if not files:
+        names = ", ".join(s.variant for s in steps if s.stage.id == "quantize/gguf")
+        raise RecipeError(f"{model} makes no file {variant!r}", hint=f"choose from {names or 'none'}")
+    settings = next((s.params.model_dump() for s in steps if s.stage.name == "serve"), {})
+    for step in files:
+        if (artifact := store.get(step)) and _passed(step, steps, store):
+            return Found(artifact.path / "model.gguf", settings)
+    raise EdgeftError(f"{model} has no finished model in {store.root}", hint=f"edgeft build {model}")
+
+
+def _passed(step: Step, steps: list[Step], store: Store) -> bool:
+    gates = [s for s in steps if s.stage.name == "gate" and s.variant == step.variant]
+    return all(store.get(gate) for gate in gates)
+
+
+def _read() -> str:
+    try:
+        return console.out.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""
+
+
+def _answer(talk: Any, question: str, max_tokens: int) -> None:
+    for piece in talk.ask(question, max_tokens):
+        console.out.print(escape(piece), end="", soft_wrap=True, highlight=False)
+    console.out.print()

@@ -1,0 +1,134 @@
+"""What each step of a build will take, from the shape of its base: the `estimate` hooks of the stages.
+
+A base that is not on this machine yet has no known shape; then nothing is predicted, and the prediction is made again
+as soon as the base step is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from edgeft.fit import training as sizes
+from edgeft.fit.base_shape import base_shape
+from edgeft.fit.shape import ModelShape, shape_of
+from edgeft.parity.exact import FLOAT32_BELOW
+from edgeft.resources import cache as cache_folder
+from edgeft.stage import Artifact, Needs, Params, Step
+
+Artifacts = Mapping[str, Artifact]
+
+_KNOWN: dict[str, ModelShape] = {}
+"""Shapes found so far, by key of the base step: reading a header once is enough."""
+
+PYTHON_MB = 900
+"""An interpreter with torch and transformers loaded (measured 2026-11, CPU build of torch 2.13)."""
+
+
+def shape_for(step: Step, artifacts: Artifacts) -> ModelShape | None:
+    """The shape of the base that a step stands on, or None when nothing of it is on this machine yet."""
+    base = step.find("base")
+    if base is None:
+        return None
+    made = artifacts.get(base.key)
+    known = _KNOWN.get(base.key)
+    if known is None:
+        known = base_shape(base.params, made.path if made else None)
+        if known is None and (config := glimpse(base)) and config.is_dir():
+            known = shape_of(config)
+        if known:
+            _KNOWN[base.key] = known
+    return known
+
+
+def glimpse(base: Step) -> Path | None:
+    """Where a hub base's config.json is kept before its weights are downloaded; None for any other base."""
+    repo, revision = getattr(base.params, "repo", ""), getattr(base.params, "revision", "")
+    return cache_folder() / "hub" / f"{repo.replace('/', '--')}@{revision}" if repo else None
+
+
+def base(step: Step, artifacts: Artifacts) -> Needs:
+    """A 16-bit checkpoint; a GGUF is dequantized in float32 first."""
+    shape = shape_for(step, artifacts)
+    if shape is None:
+        return Needs()
+    checkpoint = sizes.checkpoint_mb(shape)
+    return Needs(
+        disk_mb=checkpoint, ram_mb=PYTHON_MB + 3 * checkpoint if _is_gguf(step.params) else PYTHON_MB
+    )
+
+
+def train(step: Step, artifacts: Artifacts) -> Needs:
+    """The adapter with its checkpoints; memory for one step on the GPU, or on the CPU without one."""
+    shape = shape_for(step, artifacts)
+    data = step.find("data")
+    if shape is None:
+        return Needs()
+    p, tokens = step.params, getattr(data.params, "max_tokens", 512) if data else 512
+    cuda = _has_gpu()
+    need = sizes.training(
+        shape, method=p.method, rank=p.rank, batch=p.batch_size, tokens=tokens,  # type: ignore[attr-defined]
+        device="cuda" if cuda else "cpu", weight_bytes=2 if cuda else 4, checkpointing=cuda,
+    )  # fmt: skip
+    disk = sizes.training_mb(shape, p.rank)  # type: ignore[attr-defined]
+    if cuda:
+        return Needs(disk_mb=disk, ram_mb=sizes.host_ram_mb(shape), vram_mb=need.total)
+    return Needs(disk_mb=disk, ram_mb=need.total)
+
+
+def merge(step: Step, artifacts: Artifacts) -> Needs:
+    """A second 16-bit checkpoint, written shard by shard."""
+    shape = shape_for(step, artifacts)
+    return Needs() if shape is None else Needs(disk_mb=sizes.checkpoint_mb(shape), ram_mb=PYTHON_MB)
+
+
+def gguf(step: Step, artifacts: Artifacts) -> Needs:
+    """A 16-bit GGUF file; in memory the checkpoint that it is compared with, in float32 unless it is large.
+
+    llama.cpp maps the file, so that it needs no memory of its own.
+    """
+    shape = shape_for(step, artifacts)
+    if shape is None:
+        return Needs()
+    size = sizes.gguf_mb(shape, "F16")
+    return Needs(disk_mb=size, ram_mb=PYTHON_MB + (2 * size if shape.parameters < FLOAT32_BELOW else size))
+
+
+def quantized(step: Step, artifacts: Artifacts) -> Needs:
+    """A file of the type the step names. The 16-bit file is mapped and read once, tensor by tensor."""
+    shape = shape_for(step, artifacts)
+    if shape is None:
+        return Needs()
+    size = sizes.gguf_mb(shape, step.params.type)  # type: ignore[attr-defined]
+    return Needs(disk_mb=size, ram_mb=PYTHON_MB)
+
+
+def reference(step: Step, artifacts: Artifacts) -> Needs:
+    """Log-probabilities of every scored token, 16 bits each."""
+    shape, p = shape_for(step, artifacts), step.params
+    if shape is None:
+        return Needs()
+    disk = sizes.reference_mb(shape, windows=p.windows, context=p.n_ctx)  # type: ignore[attr-defined]
+    return Needs(disk_mb=disk, ram_mb=0 if _has_gpu() else PYTHON_MB + 2 * sizes.checkpoint_mb(shape))
+
+
+def bundle(step: Step, artifacts: Artifacts) -> Needs:
+    """The packed file."""
+    shape, source = shape_for(step, artifacts), step.find("quantize/gguf")
+    if shape is None or source is None:
+        return Needs()
+    return Needs(disk_mb=sizes.bundle_mb(shape, source.params.type))  # type: ignore[attr-defined]
+
+
+def _is_gguf(params: Params) -> bool:
+    path = getattr(params, "path", None)
+    return bool(getattr(params, "package", "")) or (path is not None and Path(path).suffix == ".gguf")
+
+
+@cache
+def _has_gpu() -> bool:
+    """Whether training will run on an NVIDIA GPU, without importing torch: its driver's device file is there."""
+    wanted = os.environ.get("EDGEFT_DEVICE", "")
+    return wanted == "cuda" or (wanted != "cpu" and Path("/dev/nvidia0").exists())

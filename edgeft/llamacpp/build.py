@@ -1,0 +1,231 @@
+"""Compiles the pinned llama.cpp once a machine, part by part in one build tree, and knows whether it is intact.
+
+A part counts as built when its marker is there. The marker is written last, by rename, and holds the sha256 of
+every file of the part; a file that no longer agrees with it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeft import progress
+from edgeft.errors import SetupError, ToolError
+from edgeft.llamacpp.pin import Pin, load
+from edgeft.llamacpp.source import home, llama_cpp_tree, locked
+from edgeft.llamacpp.threads import allowed_cpus
+from edgeft.tool import run
+
+log = logging.getLogger(__name__)
+
+_RAM_A_JOB_MB = 1200
+"""Measured peak of one compiler process on libllama's unity files is below this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of llama.cpp as a stage's tool: `name`, `pin` and `find()` are what edgeft.tool.Tool has."""
+
+    part: str
+
+    @property
+    def name(self) -> str:
+        return f"llama.cpp {self.part}"
+
+    @property
+    def pin(self) -> str:
+        return load().id
+
+    @property
+    def hint(self) -> str:
+        return "sudo apt install g++"
+
+    def find(self) -> str:
+        """Where the part is or will be. Cheap: compiles nothing.
+
+        Raises SetupError when it is not built and this machine cannot build it.
+        """
+        if not built(self.part):
+            _compiler()
+            _program("cmake")
+            _program("ninja")
+        return os.fspath(binaries() / load().parts[self.part].files[0])
+
+
+LIBRARY = Part(part="library")
+"""libllama and ggml: quantization, importance matrices, decoding, scoring."""
+CONVERTER = LIBRARY
+"""The converter is Python out of the same source; nothing of it is compiled."""
+SERVER = Part(part="server")
+PERPLEXITY = Part(part="perplexity")
+"""llama.cpp's own llama-perplexity, llama-imatrix and llama-quantize, to check ours against."""
+
+
+def ensure(part: str = "library") -> Path:
+    """The folder with the part's files, compiled now if they are not there yet.
+
+    Raises SetupError when this machine cannot build, ToolError when compiling fails or when what lies there is
+    not what was built.
+    """
+    if built(part):
+        return binaries()
+    llama_cpp_tree()  # fetched before the lock below is taken: it takes the same one
+    with locked():
+        if not built(part):
+            intact = [other for other in load().parts if built(other)]
+            _compile(part)
+            if part == "library" or "library" not in intact:
+                _identify(load())
+            for name in (*intact, part):
+                _mark(name)
+    return binaries()
+
+
+def built(part: str) -> bool:
+    """Whether the part is there. Raises ToolError when a file of it was changed since it was built."""
+    marker = _marker(part)
+    if not marker.is_file():
+        return False
+    files = json.loads(marker.read_text(encoding="utf-8"))["files"]
+    if set(files) != set(load().parts[part].files):
+        return False
+    for name, noted in files.items():
+        path = binaries() / name
+        if not path.is_file():
+            return False
+        stat = path.stat()
+        if [stat.st_size, stat.st_mtime_ns] != noted["stat"] and _sha256(path) != noted["sha256"]:
+            raise ToolError(
+                f"{path} is not the file that was built here: its sha256 is {_sha256(path)}, "
+                f"noted is {noted['sha256']}",
+                hint=f"delete {binaries().parent}; the next build compiles it again",
+            )
+    return True
+
+
+def binaries() -> Path:
+    """The folder libraries and programs are built into; one a kind of processor, for homes shared by machines."""
+    return home() / f"build-{platform.machine()}-{_processor()}" / "bin"
+
+
+def _compile(part: str) -> None:
+    pin, tree = load(), binaries().parent
+    _compiler()
+    ninja = _program("ninja")
+    tree.mkdir(parents=True, exist_ok=True)
+    ggml = tree / "optimize-ggml.cmake"
+    ggml.write_text(
+        "".join(f'set(CMAKE_{lang}_FLAGS_RELEASE "{pin.optimize_ggml}")\n' for lang in ("C", "CXX", "ASM")),
+        encoding="utf-8",
+    )
+    progress.report("configure llama.cpp")
+    settings = {
+        **pin.cmake,
+        "LLAMA_BUILD_COMMIT": pin.commit,
+        "CMAKE_PROJECT_ggml_INCLUDE": os.fspath(ggml),
+        "CMAKE_MAKE_PROGRAM": ninja,
+    }
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    run([
+        _program("cmake"), "-S", os.fspath(llama_cpp_tree()), "-B", os.fspath(tree), "-G", "Ninja", *definitions,
+    ])  # fmt: skip
+    run(
+        [ninja, "-C", os.fspath(tree), "-j", str(_jobs()), *pin.parts[part].targets],
+        watch=lambda line: _report(part, line),
+    )
+
+
+def _report(part: str, line: str) -> None:
+    if counted := re.match(r"\[(\d+)/(\d+)\]", line):
+        progress.report(f"compile llama.cpp: {part}", int(counted[1]), int(counted[2]), unit="files")
+
+
+def _identify(pin: Pin) -> None:
+    """Ask the libraries, in a process of its own, who they are. Raises ToolError when they are not the pin."""
+    ask = (
+        "import ctypes, sys\n"
+        "def say(library, *names):\n"
+        "    library = ctypes.CDLL(f'{sys.argv[1]}/{library}')\n"
+        "    for name in names:\n"
+        "        getattr(library, name).restype = ctypes.c_char_p\n"
+        "        print(name, getattr(library, name)().decode())\n"
+        "say('libggml-base.so', 'ggml_version', 'ggml_commit')\n"
+        "say('libllama.so', 'llama_version')\n"
+    )
+    said = dict(
+        line.split(" ", 1) for line in run([sys.executable, "-c", ask, os.fspath(binaries())]).splitlines()
+    )
+    expected = {"ggml_version": pin.ggml, "ggml_commit": pin.commit, "llama_version": pin.llama}
+    if said != expected:
+        raise ToolError(f"the llama.cpp built in {binaries()} says it is {said}, pinned is {expected}")
+
+
+def _mark(part: str) -> None:
+    files: dict[str, Any] = {}
+    for name in load().parts[part].files:
+        path = binaries() / name
+        if not path.is_file():
+            raise ToolError(f"compiling llama.cpp's {part} succeeded but made no {name}")
+        stat = path.stat()
+        files[name] = {"sha256": _sha256(path), "stat": [stat.st_size, stat.st_mtime_ns]}
+    aside = _marker(part).with_suffix(".part")
+    with aside.open("w", encoding="utf-8") as stream:
+        json.dump({"pin": load().id, "files": files}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(_marker(part))
+
+
+def _marker(part: str) -> Path:
+    return binaries().parent / f"{part}.built.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _processor() -> str:
+    """A short hash of what the compiler's -march=native will see; a foreign library would die of SIGILL."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return hashlib.sha256(platform.processor().encode()).hexdigest()[:8]
+    features = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+    names = sorted(features[1].split()) if features else []
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
+
+
+def _program(name: str) -> str:
+    """cmake or ninja: the one installed beside this Python first, since the `train` extra brings both."""
+    beside = shutil.which(name, path=os.fspath(Path(sys.executable).parent))
+    if found := beside or shutil.which(name):
+        return found
+    raise SetupError(
+        f"{name} is not installed, so llama.cpp cannot be compiled",
+        hint=f"pip install {name}   (the extra edgeft[train] brings it)",
+    )
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name.split()[0])):
+            return found
+    raise SetupError(
+        "no C++ compiler is installed, so llama.cpp cannot be compiled", hint="sudo apt install g++"
+    )
+
+
+def _jobs() -> int:
+    import psutil
+
+    free_mb = psutil.virtual_memory().available // 2**20
+    return int(max(1, min(allowed_cpus(), free_mb // _RAM_A_JOB_MB)))

@@ -1,0 +1,89 @@
+"""The whole run, laid out before any of it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeft.errors import RecipeError
+from edgeft.recipe import Tables
+from edgeft.stage import Params, Stage, Step
+from edgeft.stages import STAGES
+
+
+def plan(*files: Tables, upto: str = "", stages: Sequence[Stage[Any]] = STAGES) -> list[Step]:
+    """Steps in the order they run. Each one's inputs stand before it.
+
+    `upto` keeps one stage or variant and what it stands on. Raises RecipeError for a variant given twice
+    and for an `upto` that names nothing.
+    """
+    steps: list[Step] = []
+    for stage in stages:
+        for params in (p for f in files for s, p in f.rows if s is stage):
+            steps += _variants(stage, params, steps)
+    _refuse_twins(steps)
+    if upto:
+        steps = _only(steps, upto)
+    return steps
+
+
+def why(step: Step, manifests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs between a step and the newest committed result of its stage and variant.
+
+    One line a difference, such as `params.rank: 16 -> 32`; an upstream change reads `inputs.data changed`.
+    An empty list means nothing comparable was ever made.
+    """
+    same = [m for m in manifests if m["stage"] == step.stage.id]
+    same = [m for m in same if m.get("variant", "") == step.variant] or same
+    if not same:
+        return []
+    return _differences(same[0], step.identity)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for part in ("variant", "version", "params", "tools", "inputs"):
+        before, after = _flat(part, old.get(part)), _flat(part, new.get(part))
+        for name in dict.fromkeys([*before, *after]):
+            was, now = before.get(name, "unset"), after.get(name, "unset")
+            if was != now:
+                changed = f"{name} changed" if part == "inputs" else f"{name}: {was} -> {now}"
+                lines.append(changed)
+    return lines
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {k: v for key, inner in value.items() for k, v in _flat(f"{name}.{key}", inner).items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in _flat(f"{name}[{i}]", inner).items()}
+    return {name: str(value)}
+
+
+def _variants(stage: Stage[Any], params: Params, steps: list[Step]) -> list[Step]:
+    """One step for each variant that all of the stage's needs can supply."""
+    supply = {n: {s.variant: s for s in steps if n in (s.stage.name, s.stage.id)} for n in stage.needs}
+    variants = dict.fromkeys(v for by in supply.values() for v in by if v) or {"": None}
+    made = []
+    for variant in variants:
+        found = {n: by.get(variant, by.get("")) for n, by in supply.items()}
+        inputs = {n: step for n, step in found.items() if step}
+        if len(inputs) == len(stage.needs):
+            made.append(Step(stage, params, variant or params.label(), inputs))
+    return made
+
+
+def _refuse_twins(steps: list[Step]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for step in steps:
+        if (name := (step.stage.id, step.variant)) in seen:
+            raise RecipeError(f"[{step.stage.name}] is given twice with the same name {step.variant!r}")
+        seen.add(name)
+
+
+def _only(steps: list[Step], upto: str) -> list[Step]:
+    wanted = [s for s in steps if upto in (s.stage.name, s.stage.id, s.variant)]
+    if not wanted:
+        raise RecipeError(f"this recipe has no stage {upto!r}", hint="see `edgeft plan`")
+    keep = {above.key for step in wanted for above in step.above()}
+    return [s for s in steps if s.key in keep]

@@ -1,0 +1,38 @@
+"""The pipeline. To add a stage, a format or an exporter: write its file, add its line."""
+
+from typing import Any
+
+from edgeft.stage import Stage
+from edgeft.stages import (
+    base,
+    data,
+    device,
+    export_bundle,
+    gate,
+    gguf,
+    imatrix,
+    merge,
+    preflight,
+    quantize_gguf,
+    reference,
+    serve,
+    train,
+    verify,
+)
+
+STAGES: tuple[Stage[Any], ...] = (
+    device.STAGE,
+    base.STAGE,
+    serve.STAGE,
+    preflight.STAGE,
+    data.STAGE,
+    train.STAGE,
+    merge.STAGE,
+    gguf.STAGE,
+    imatrix.STAGE,
+    quantize_gguf.STAGE,
+    reference.STAGE,
+    verify.STAGE,
+    gate.STAGE,
+    export_bundle.STAGE,
+)

@@ -1,0 +1,163 @@
+"""Train an adapter on the base with the tokenized conversations of the data stage."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from edgeft.errors import RecipeError
+from edgeft.stage import Facts, Job, Params, Stage
+from edgeft.training.settings import Optimizer, Settings
+
+log = logging.getLogger(__name__)
+
+_NOT_ADAPTED = ("lm_head", "embed_tokens", "embed_out", "output_layer", "wte", "word_embeddings", "embed_in")
+
+
+class Train(Params):
+    method: Literal["qlora", "lora"] = "qlora"
+    """`qlora` holds the base in 4 bits (NF4, double quantization) while training; `lora` in the compute dtype."""
+    rank: int = Field(default=16, ge=1, le=1024)
+    """Width of the adapter: its capacity, and its size."""
+    alpha: float = Field(default=32, gt=0)
+    """The adapter counts alpha / rank times (with `rslora`, alpha / sqrt(rank))."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that is dropped while training."""
+    rslora: bool = False
+    """Rank-stabilized scaling, for ranks of 64 and more."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """The layers that get an adapter: all linear layers of the decoder blocks, or names such as ["q_proj"]."""
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    """At its highest, after the warm-up; it falls to zero along a cosine."""
+    epochs: float = Field(default=2.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int = Field(default=0, ge=0)
+    """Stop after so many optimizer steps; 0: when the epochs are through."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows that go through the model together."""
+    accumulation: int = Field(default=1, ge=1)
+    """Batches a step: a step sees batch_size x accumulation rows."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Pulls the adapter towards zero."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between two measurements of the held-out loss; 0: five in the run."""
+    patience: int = Field(default=3, ge=0)
+    """Stop after so many measurements without a better held-out loss; 0: never. The best adapter is kept."""
+    checkpoint_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints, from which a killed run goes on; 0: one a minute."""
+    seed: int = 0
+    """Of the adapter's first values, the order of the rows and the dropout."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the matrix products; auto: bfloat16 where the hardware has it, else float32."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Compute activations again instead of keeping them: less memory, a third more time. auto: on a GPU, and on a
+    CPU from a billion parameters."""
+    optimizer: Optimizer = "auto"
+    """auto: paged 8-bit AdamW on a GPU, torch's AdamW on a CPU."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _no_embeddings(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list):
+            if not value:
+                raise ValueError('name at least one layer, or write "all-linear"')
+            for name in value:
+                if name.rpartition(".")[2] in _NOT_ADAPTED:
+                    raise ValueError(
+                        f"{name} cannot be adapted: embeddings and output layer are often one tensor, "
+                        "and an adapter file for llama.cpp cannot hold them"
+                    )
+        return value
+
+
+def run(job: Job[Train]) -> Facts:
+    from edgeft import merging
+    from edgeft.training import loop, model, modules, rows, specials
+
+    params, base = job.params, job.inputs["base"].path / "model"
+    data, end_of_turn = job.inputs["data"], int(job.inputs["data"].facts["end_of_turn_id"])
+    train, heldout = (rows.read_rows(data.path / f"{split}.jsonl") for split in ("train", "heldout"))
+    device = model.pick_device()
+    empty = model.skeleton(base)
+    context = int(getattr(empty.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    rows.check_rows(train, end_of_turn=end_of_turn, split="train", context=context)
+    rows.check_rows(heldout, end_of_turn=end_of_turn, split="held-out", context=context)
+    targets = modules.resolve(empty, params.target_modules)
+    merging.check_bindable(base, empty, targets.names)
+    settings = _settings(params, device=device, size=sum(p.numel() for p in empty.parameters()))
+
+    bare = model.load_base(base, method=params.method, device=device, compute_dtype=params.compute_dtype)
+    tuned = model.attach(
+        bare, targets, rank=params.rank, alpha=params.alpha, dropout=params.dropout, rslora=params.rslora,
+        seed=params.seed,
+    )  # fmt: skip
+    suspects = specials.untrained(bare, base, train)
+    dtype = str(model.pick_dtype(params.compute_dtype, device=device)).removeprefix("torch.")
+    log.info(
+        "%s on %s, compute %s, optimizer %s, %d rows, %d steps",
+        params.method, model.device_name(device), dtype, settings.resolved_optimizer(), len(train),
+        settings.steps(len(train)),
+    )  # fmt: skip
+    outcome = loop.train(tuned, train, heldout, settings=settings, end_of_turn=end_of_turn, out=job.out)
+    if outcome.end_of_turn_probability < 0.5:
+        log.warning(
+            "the tuned model ends a held-out answer with probability %.2f only: it may run on (C-22)",
+            outcome.end_of_turn_probability,
+        )
+    return {
+        "summary": f"held-out loss {outcome.heldout_loss_base:.3f} (base) → {outcome.heldout_loss:.3f}, "
+        f"{outcome.steps} steps",
+        **asdict(outcome),
+        "curve": thin(outcome.curve, 60),
+        "tokens_per_second": round(outcome.tokens / max(outcome.seconds, 1e-9), 1),
+        "epochs": round(outcome.steps * params.batch_size * params.accumulation / len(train), 3),
+        "rows": len(train),
+        "heldout_rows": len(heldout),
+        "method": params.method,
+        "device": model.device_name(device),
+        "device_kind": device.split(":")[0],
+        "compute_dtype": dtype,
+        "optimizer": settings.resolved_optimizer(),
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "target_modules": list(targets.leaves),
+        "adapted_layers": len(targets.names),
+        "adapted": list(targets.names),
+        "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        "untrained_special_tokens": suspects,
+    }
+
+
+def thin(curve: list[dict[str, float]], most: int) -> list[dict[str, float]]:
+    """At most about `most` points of a curve: those with a held-out loss, and evenly spaced others."""
+    stride = max(1, len(curve) // max(1, most - sum("heldout_loss" in point for point in curve)))
+    return [point for at, point in enumerate(curve) if "heldout_loss" in point or at % stride == 0]
+
+
+def _settings(params: Train, *, device: str, size: int) -> Settings:
+    if params.optimizer == "paged_adamw_8bit" and device == "cpu":
+        raise RecipeError(
+            "train.optimizer is paged_adamw_8bit, which needs a CUDA GPU", hint='leave it at "auto"'
+        )
+    wanted = params.gradient_checkpointing
+    recompute = (device != "cpu" or size >= 10**9) if wanted == "auto" else wanted
+    shared = set(Settings.__dataclass_fields__) & set(Train.model_fields)
+    fields = {name: getattr(params, name) for name in shared}
+    return Settings(**{**fields, "gradient_checkpointing": recompute, "device": device})
+
+
+STAGE = Stage(
+    name="train",
+    params=Train,
+    run=run,
+    needs=("base", "data"),
+    makes=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "curve.jsonl"),
+    extra="train",
+    resumable=True,
+)

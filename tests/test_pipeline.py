@@ -1,0 +1,183 @@
+"""The whole pipeline, real in every part but the size of the model: recipe to packed, answering file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from edgeft.stages import STAGES
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+target = "laptop"
+[base]
+path = "base"
+licence = "CC0-1.0"
+[data]
+source = "rows.jsonl"
+holdout = 12
+[train]
+method = "qlora"
+max_steps = 8
+batch_size = 4
+learning_rate = 5e-3
+checkpoint_every = 2
+[imatrix]
+chunks = 2
+[[quantize]]
+kind = "gguf"
+type = "Q8_0"
+[[quantize]]
+kind = "gguf"
+type = "Q4_0"
+[reference]
+windows = 3
+n_ctx = 64
+questions = 1
+answer_tokens = 8
+[gate]
+max_kld = 5
+max_ppl_ratio = 5
+min_same_top = 0
+"""
+
+
+def edgeft(*args, cwd, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "edgeft", *map(str, args)], cwd=cwd, text=True, capture_output=True, check=False, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def project(library, tiny_checkpoint, tmp_path_factory) -> Path:
+    """A folder as a user has it: a recipe, a data file, a base."""
+    folder = tmp_path_factory.mktemp("a project")
+    (folder / "base").symlink_to(tiny_checkpoint)
+    lines = (ROOT / "recipes/data/wordnet_medical_qa.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join(lines[::50]) + "\n")
+    (folder / "tiny.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(project) -> Path:
+    """The project, built in one go; its store."""
+    done = edgeft("build", "tiny.toml", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project / ".edgeft"
+
+
+def results(store: Path) -> dict[str, dict[str, str]]:
+    """For each step its files' sha256, but for what holds times of day or durations."""
+    found = {}
+    for manifest in store.glob("done/*/edgeft.json"):
+        known = json.loads(manifest.read_text())
+        varying = ("tensorboard", "curve.jsonl") if known["stage"] == "train" else ()
+        found[manifest.parent.name] = {
+            n: f["sha256"] for n, f in known["files"].items() if not n.startswith(varying or "\0")
+        }
+    return found
+
+
+def facts(store: Path, stage: str) -> list[dict]:
+    manifests = [json.loads(p.read_text()) for p in store.glob("done/*/edgeft.json")]
+    return [m["facts"] for m in manifests if m["stage"] == stage]
+
+
+def test_a_second_build_takes_everything_from_the_store(project, built):
+    done = edgeft("build", "tiny.toml", cwd=project)
+    assert done.returncode == 0 and "0 steps ran" in done.stdout
+
+
+def test_training_lowers_the_held_out_loss_and_the_report_says_so(built):
+    train = facts(built, "train")[0]
+    assert train["heldout_loss"] < train["heldout_loss_base"] - 0.05
+    report = (built / "reports/tiny/report.md").read_text()
+    assert (
+        f"**{train['heldout_loss_base']:.3f}** (base) → **{train['heldout_loss']:.3f}** (trained)" in report
+    )
+    assert "| expected |" in report and "| base |" in report and "| shipped (q8_0) |" in report
+
+
+def test_files_are_measured_against_the_trained_model_and_eight_bits_lose_less_than_four(built):
+    by_bits = sorted(facts(built, "verify"), key=lambda f: f["kld"])
+    assert len(by_bits) == 2 and by_bits[0]["kld"] < by_bits[1]["kld"] < by_bits[1]["kld_bound"]
+    types = {f["type"]: f["types"] for f in facts(built, "quantize/gguf")}
+    assert "Q8_0" in types["Q8_0"] and "Q4_0" in types["Q4_0"]
+
+
+def test_the_bundle_holds_the_model_and_where_everything_came_from(built):
+    import zstandard
+
+    bundle = next(built.glob("done/export-bundle-*/bundle.tar.zst"))
+    with bundle.open("rb") as f, zstandard.ZstdDecompressor().stream_reader(f) as raw, \
+            tarfile.open(fileobj=raw, mode="r|") as archive:  # fmt: skip
+        names = [Path(m.name).name for m in archive]
+    assert {"model.gguf", "manifest.json", "Modelfile"} <= set(names)
+
+
+def test_chat_answers_from_the_built_model(project, built):
+    done = edgeft("chat", "tiny.toml", "What is anemia?", "--max-tokens", "8", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_gate_that_is_not_met_ends_with_5_and_keeps_the_numbers(project, built):
+    (project / "strict.toml").write_text(RECIPE.replace("max_kld = 5", "max_kld = 1e-9"))
+    done = edgeft("build", "strict.toml", cwd=project)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "KL divergence" in done.stderr and "is over the limit of 1e-09" in done.stderr
+    assert "FAIL" in (built / "reports/strict/report.md").read_text()
+    refused = edgeft("chat", "strict.toml", "Hi", cwd=project)
+    assert refused.returncode == 1 and "has no finished model" in refused.stderr
+
+
+def test_kill_9_in_every_stage_and_the_same_command_ends_with_the_same_bytes(project, built):
+    """Kills the build the first time it starts each stage; training also in the middle."""
+    killed: set[str] = set()
+    command = [sys.executable, "-u", "-m", "edgeft", "build", "tiny.toml", "--store", "killed"]
+    for _ in range(3 * len(STAGES)):
+        victim = kill_in_a_new_stage(command, project, killed)
+        if victim is None:
+            break
+        killed.add(victim)
+    assert {name.split(" ")[0] for name in killed} >= {s.id for s in STAGES if s.extra}
+    done = edgeft("build", "tiny.toml", "--store", "killed", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(project / "killed") == results(built)
+    assert any(f["resumed_from"] > 0 for f in facts(project / "killed", "train"))
+
+
+def kill_in_a_new_stage(command, cwd, killed) -> str | None:
+    """Start a build and kill -9 it in the first stage that was not killed yet; None when there is none left."""
+    with subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:  # fmt: skip
+        assert process.stdout
+        for line in process.stdout:
+            if line.endswith(" …\n") and (title := line.strip(" …\n")) not in killed:
+                if title == "train":
+                    wait_for_a_checkpoint(cwd / "killed", process)
+                else:
+                    time.sleep(0.3 + len(killed) % 4)
+                process.kill()
+                return title
+    return None
+
+
+def wait_for_a_checkpoint(store: Path, process) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if list(store.glob("work/*/checkpoints/*")):
+            time.sleep(0.2)
+            return
+        time.sleep(0.05)
