@@ -91,11 +91,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
     api_key: Annotated[str, typer.Option(envvar="EDGEFT_API_KEY", help="Required beyond localhost.")] = "",
+    web: Annotated[
+        bool, typer.Option("--web", help="Build llama-server's web chat first (needs npm).")
+    ] = False,
 ) -> None:
     """Serve a built model with llama-server: OpenAI's API and a web chat."""
     from edgeft.commands import talking
 
-    talking.serve(model, variant, store, threads, host, port, api_key)
+    talking.serve(model, variant, store, threads, host, port, api_key, web=web)
 
 
 @app.command()

@@ -61,18 +61,24 @@ def base(step: Step, artifacts: Artifacts) -> Needs:
 
 
 def train(step: Step, artifacts: Artifacts) -> Needs:
-    """The adapter with its checkpoints; memory for one step on the GPU, or on the CPU without one."""
-    shape = shape_for(step, artifacts)
-    data = step.find("data")
-    if shape is None:
+    """The adapter with its checkpoints; memory for one step on the GPU, or on the CPU without one.
+
+    Rows are taken to be as long as the longest one once the data is there, as long as the recipe allows before;
+    answers, for which alone logits are computed, as half of that.
+    """
+    shape, data, p = shape_for(step, artifacts), step.find("data"), step.params
+    if shape is None or data is None:
         return Needs()
-    p, tokens = step.params, getattr(data.params, "max_tokens", 512) if data else 512
+    made = artifacts.get(data.key)
+    tokens = int(made.facts["max_length"]) if made else int(data.params.max_tokens)  # type: ignore[attr-defined]
     cuda = _has_gpu()
+    wanted = p.gradient_checkpointing  # type: ignore[attr-defined]
     need = sizes.training(
-        shape, method=p.method, rank=p.rank, batch=p.batch_size, tokens=tokens,  # type: ignore[attr-defined]
-        device="cuda" if cuda else "cpu", weight_bytes=2 if cuda else 4, checkpointing=cuda,
+        shape, method=p.method, rank=p.rank, batch=p.batch_size, tokens=tokens, logit_tokens=-(-tokens // 2),  # type: ignore[attr-defined]
+        device="cuda" if cuda else "cpu", weight_bytes=2 if cuda else 4, optimizer_bits=8 if cuda else 32,
+        checkpointing=(cuda or shape.parameters >= 10**9) if wanted == "auto" else bool(wanted),
     )  # fmt: skip
-    disk = sizes.training_mb(shape, p.rank)  # type: ignore[attr-defined]
+    disk = sizes.training_mb(shape, p.rank, optimizer_bits=8 if cuda else 32)  # type: ignore[attr-defined]
     if cuda:
         return Needs(disk_mb=disk, ram_mb=sizes.host_ram_mb(shape), vram_mb=need.total)
     return Needs(disk_mb=disk, ram_mb=need.total)

@@ -46,8 +46,10 @@ def isolated(stage: Stage[Any], job: Job[Any], log_file: Path, sink: progress.Si
     if isinstance(result, Exception):
         raise result
     if result is None:
-        hint = "most often: out of memory" if process.exitcode == -signal.SIGKILL else f"see {log_file}"
-        raise StageError(f"{stage.id} was killed (exit status {process.exitcode})", hint=hint)
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        hint = "most often: out of memory" if code == -signal.SIGKILL else f"the end of its log: {log_file}"
+        raise StageError(f"{stage.id} {how} before it was done", hint=hint)
     return dict(result)
 
 

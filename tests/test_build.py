@@ -126,7 +126,7 @@ def test_a_killed_stage_is_called_killed(go, recipe, tmp_path):
 
     apart = tuple(replace(s, extra="apart", run=_suicide) if s.name == "train" else s for s in module.TOY)
     error = go(stages=apart).error
-    assert isinstance(error, StageError) and "was killed" in str(error) and "memory" in error.hint
+    assert isinstance(error, StageError) and "was killed by SIGKILL" in str(error) and "memory" in error.hint
 
 
 def _suicide(job):

@@ -49,6 +49,7 @@ def gguf_to_checkpoint(gguf: Path, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    _same_special_ids(tokenizer, header, gguf)
     repaired = digits_apart(out, str(header.get("tokenizer.ggml.pre", "")))
     for file in out.iterdir():
         file.chmod(0o644)  # safetensors writes its files readable for the owner alone
@@ -70,6 +71,20 @@ def read_header(gguf: Path) -> dict[str, Any]:
         name: field.contents() for name, field in reader.fields.items()
         if field.types and field.types[0] != GGUFValueType.ARRAY
     }  # fmt: skip
+
+
+def _same_special_ids(tokenizer: Any, header: dict[str, Any], gguf: Path) -> None:
+    """C-21: a tokenizer rebuilt with another end of turn would be trained never to stop.
+
+    transformers 5.17 did that to SmolLM2 (end of sequence 1 instead of 2); 5.23 does not.
+    """
+    for name in ("bos", "eos"):
+        wanted, got = header.get(f"tokenizer.ggml.{name}_token_id"), getattr(tokenizer, f"{name}_token_id")
+        if wanted is not None and got is not None and got != wanted:
+            raise StageError(
+                f"transformers read the {name} token of {gguf.name} as {got}; the file says {wanted}",
+                hint="install transformers 5.23 or newer",
+            )
 
 
 def digits_apart(folder: Path, pre: str) -> list[str]:

@@ -14,15 +14,17 @@ from edgeft.commands.building import read
 from edgeft.errors import EdgeftError, RecipeError, SetupError
 from edgeft.plan import plan as make_plan
 from edgeft.stage import Step
+from edgeft.stages.serve import Serve
 from edgeft.store import Store
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model file and the settings it is served with."""
+    """A model file, what it is called, and the settings it is served with."""
 
     path: Path
-    settings: dict[str, Any]
+    name: str
+    settings: Serve
 
 
 def chat(model: Path, question: str, variant: str, store_dir: Path, threads: int, max_tokens: int) -> None:
@@ -32,10 +34,10 @@ def chat(model: Path, question: str, variant: str, store_dir: Path, threads: int
 
     found = find(model, variant, Store(store_dir))
     s = found.settings
-    with console.out.status("loading the model"):
+    with console.watching("loading the model"):
         opened = Chat(
-            found.path, context=s.get("context", 2048), threads=threads or default_threads(),
-            system=s.get("system", ""), temperature=s.get("temperature", 0.0),
+            found.path, context=s.context, threads=threads or default_threads(), system=s.system,
+            temperature=s.temperature,
         )  # fmt: skip
     with opened as talk:
         if question:
@@ -47,28 +49,47 @@ def chat(model: Path, question: str, variant: str, store_dir: Path, threads: int
 
 
 def serve(
-    model: Path, variant: str, store_dir: Path, threads: int, host: str, port: int, api_key: str
+    model: Path, variant: str, store_dir: Path, threads: int, host: str, port: int, api_key: str, *, web: bool
 ) -> None:
     """Replace this process by the pinned llama-server on the built model."""
-    from edgeft import llamacpp
-    from edgeft.llamacpp.server import serve_command
-    from edgeft.llamacpp.threads import default_threads
-
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         raise SetupError(
             f"llama-server on {host} would answer anybody in the network",
             hint="give --api-key, or listen on 127.0.0.1",
         )
-    found = find(model, variant, Store(store_dir))
-    s = found.settings
-    with console.watching("llama-server"):
-        llamacpp.ensure("server")
-    command = serve_command(
-        found.path, host=host, port=port, context=s.get("context", 2048), threads=threads or default_threads(),
-        kv_type=s.get("kv_type", "f16"), api_key=api_key,
-    )  # fmt: skip
-    console.out.print(f"http://{host}:{port}  OpenAI API under /v1; Ctrl-C stops it", highlight=False)
+    command = serve_command(find(model, variant, Store(store_dir)), threads, host, port, api_key, web=web)
+    page = "web chat and " if "--path" in command else ""
+    console.out.print(f"http://{host}:{port}  {page}OpenAI API under /v1; Ctrl-C stops it", highlight=False)
+    if not page:
+        console.out.print("[dim]--web adds llama-server's web chat (built once, needs npm)[/dim]")
     os.execv(command[0], command)
+
+
+def serve_command(found: Found, threads: int, host: str, port: int, api_key: str, *, web: bool) -> list[str]:
+    """The pinned llama-server's command line; the server, and with `web` its page, are built now if need be."""
+    from edgeft.bundle import Settings, server_arguments
+    from edgeft.llamacpp import ensure
+    from edgeft.llamacpp.threads import default_threads
+    from edgeft.llamacpp.web import built_web, ensure_web
+
+    with console.watching("llama-server"):
+        server = ensure("server") / "llama-server"
+        page = ensure_web() if web else built_web()
+    given = {
+        name: getattr(found.settings, name)
+        for name in Serve.model_fields
+        if name in Settings.__dataclass_fields__
+    }
+    settings = Settings(
+        **{**given, "host": host, "port": port},
+        name=found.name,
+        threads=threads or default_threads(),
+        gpu=False,
+    )
+    return [
+        os.fspath(server), "--model", os.fspath(found.path), *server_arguments(settings),
+        *(("--path", os.fspath(page)) if page else ()), *(("--api-key", api_key) if api_key else ()),
+    ]  # fmt: skip
 
 
 def find(model: Path, variant: str, store: Store) -> Found:
@@ -76,16 +97,16 @@ def find(model: Path, variant: str, store: Store) -> Found:
     if model.suffix == ".gguf":
         if not model.is_file():
             raise EdgeftError(f"{model} does not exist")
-        return Found(model, {})
+        return Found(model, model.stem, Serve())
     steps = make_plan(*read(model, ""))
     files = [s for s in steps if s.stage.id == "quantize/gguf" and variant in ("", s.variant)]
     if not files:
         names = ", ".join(s.variant for s in steps if s.stage.id == "quantize/gguf")
         raise RecipeError(f"{model} makes no file {variant!r}", hint=f"choose from {names or 'none'}")
-    settings = next((s.params.model_dump() for s in steps if s.stage.name == "serve"), {})
+    settings = next((s.params for s in steps if isinstance(s.params, Serve)), Serve())
     for step in files:
         if (artifact := store.get(step)) and _passed(step, steps, store):
-            return Found(artifact.path / "model.gguf", settings)
+            return Found(artifact.path / "model.gguf", model.stem, settings)
     raise EdgeftError(f"{model} has no finished model in {store.root}", hint=f"edgeft build {model}")
 
 

@@ -128,6 +128,9 @@ def truncated(answer: str) -> str:
         return f"the answer ends in {last[1]!r}"
     if count < LONG_WORDS or _CLOSED.search(text) or _LIST_ITEM.match(line):
         return ""
+    before = text[: -len(line)].rstrip()
+    if before and not _END.search(before):
+        return ""  # a list without bullets: the line above has no full stop either
     if not _INNER_END.search(text) or not _is_prose(_INNER_END.split(line)[-1]):
         return ""
     return f"the answer of {count} words ends without a full stop"

@@ -18,7 +18,7 @@ NPM = Tool(name="npm", hint="install Node.js 20 or newer, which brings npm; or s
 
 
 def built_web() -> Path | None:
-    """The folder of static files for `serve_command(ui=…)`, when it has been built."""
+    """The folder of static files for llama-server --path, when it has been built."""
     return folder if (folder := home() / "web").is_dir() else None
 
 

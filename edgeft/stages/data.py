@@ -159,9 +159,11 @@ def run(job: Job[Data]) -> Facts:
         job.out,
     )  # fmt: skip
     split, tokens, leak = card["split"], card["tokens"], card["leak"]["after"]
-    dropped = sum(card["dropped"].values())
+    unused = sum(card["dropped"].get(rule, 0) for rule in ("rows", "weight"))
+    dropped = sum(card["dropped"].values()) - unused
     return {
-        "summary": f"{split['train']:,} rows to train on, {split['heldout']:,} held out, {dropped:,} dropped",
+        "summary": f"{split['train']:,} rows to train on, {split['heldout']:,} held out, {dropped:,} dropped by rule"
+        + (f", {unused:,} not needed" if unused else ""),
         "rows": {"train": split["train"], "heldout": split["heldout"]},
         "read": sum(s["read"] for s in card["sources"]),
         "tokens": {side: found["total"] for side, found in tokens.items()},

@@ -23,7 +23,9 @@ def run(job: Job[Imatrix]) -> Facts:
     ids = [i for row in load_rows(job.inputs["data"].path / "train.jsonl") for i in row.ids]
     size = min(size, len(ids))
     chunks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)][: job.params.chunks]
-    imatrix.collect(job.inputs["gguf"].path / "model.gguf", chunks, job.out / "imatrix.gguf")
+    imatrix.collect(
+        job.inputs["gguf"].path / "model.gguf", chunks, job.out / "imatrix.gguf", dataset="train.jsonl"
+    )
     return {
         "summary": f"{len(chunks)} windows of {size} training tokens",
         "chunks": len(chunks),

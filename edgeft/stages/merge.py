@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Literal
 
+from edgeft import estimates
 from edgeft.stage import Facts, Job, Params, Stage
 
 
@@ -26,5 +27,11 @@ def run(job: Job[Merge]) -> Facts:
 
 
 STAGE = Stage(
-    name="merge", params=Merge, run=run, needs=("base", "train"), makes=("model/config.json",), extra="train"
+    name="merge",
+    params=Merge,
+    run=run,
+    needs=("base", "train"),
+    makes=("model/config.json",),
+    extra="train",
+    estimate=estimates.merge,
 )

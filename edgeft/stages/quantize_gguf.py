@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from pydantic import Field, field_validator, model_validator
 
 from edgeft import estimates, llamacpp
+from edgeft.llamacpp.quantize import NEED_IMATRIX, Fallback
 from edgeft.stage import Facts, Job, Params, Stage
+
+log = logging.getLogger(__name__)
 
 
 class QuantizeGguf(Params):
@@ -23,6 +30,12 @@ class QuantizeGguf(Params):
             raise ValueError(f"{value!r} is no llama.cpp type; choose from {', '.join(llamacpp.TYPES)}")
         return value.upper()
 
+    @model_validator(mode="after")
+    def _guided(self) -> QuantizeGguf:
+        if not self.imatrix and self.type in NEED_IMATRIX:
+            raise ValueError(f"{self.type} is unusable without an importance matrix: leave imatrix = true")
+        return self
+
     def label(self) -> str:
         return self.type.lower()
 
@@ -34,16 +47,29 @@ def run(job: Job[QuantizeGguf]) -> Facts:
 
     p, out = job.params, job.out / "model.gguf"
     matrix = job.inputs["imatrix"].path / "imatrix.gguf" if p.imatrix else None
-    quantize.quantize(
+    fell_back = quantize.quantize(
         job.inputs["gguf"].path / "model.gguf", out, p.type, imatrix=matrix, overrides=dict(p.overrides)
     )
+    for (row, wanted, got), names in _grouped(fell_back).items():
+        log.warning(
+            "%s: %d tensors are %s instead of %s, because their rows of %d numbers do not divide into its blocks",
+            p.type, len(names), got, wanted, row,
+        )  # fmt: skip
     found = quantize.types_in(out)
     counts = ", ".join(f"{name} ×{n}" for name, n in found.counts.items())
     return {
         "summary": f"{found.file_bytes / 1e6:,.1f} MB, {found.bits_per_weight:.2f} bits per weight: {counts}",
         "type": p.type, "bytes": found.file_bytes, "bits_per_weight": found.bits_per_weight,
-        "types": dict(found.counts), "imatrix": p.imatrix,
+        "types": dict(found.counts), "imatrix": p.imatrix, "fallbacks": [asdict(f) for f in fell_back],
     }  # fmt: skip
+
+
+def _grouped(fell_back: Iterable[Fallback]) -> dict[tuple[int, str, str], list[str]]:
+    """Tensor names by (row length, type asked for, type got)."""
+    groups: dict[tuple[int, str, str], list[str]] = {}
+    for f in fell_back:
+        groups.setdefault((f.row, f.wanted, f.got), []).append(f.tensor)
+    return groups
 
 
 STAGE = Stage(

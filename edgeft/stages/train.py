@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from edgeft import estimates
 from edgeft.errors import RecipeError
 from edgeft.stage import Facts, Job, Params, Stage
 from edgeft.training.settings import Optimizer, Settings
@@ -156,8 +157,9 @@ STAGE = Stage(
     name="train",
     params=Train,
     run=run,
-    needs=("base", "data"),
+    needs=("base", "preflight", "data"),
     makes=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "curve.jsonl"),
     extra="train",
     resumable=True,
+    estimate=estimates.train,
 )

@@ -43,16 +43,9 @@ def train(
     Raises StageError when the loss is no number, vanishes or stands still, naming the step.
     """
     steps = settings.steps(len(rows))
-    seen = order(
-        rows,
-        total=min(
-            steps * settings.batch_size * settings.accumulation,
-            # Whole epochs end with a short batch rather than with a few rows more.
-            math.ceil(len(rows) * settings.epochs) if not settings.max_steps else 1 << 62,
-        ),
-        batch=settings.batch_size,
-        seed=settings.seed,
-    )
+    # Whole epochs end with a short batch rather than with a few rows twice.
+    total = min(steps * settings.batch_size * settings.accumulation, math.ceil(len(rows) * settings.epochs))
+    seen = order(rows, total=total, batch=settings.batch_size, seed=settings.seed)
     base = model.get_base_model()
     if settings.gradient_checkpointing:
         recompute_activations(base)

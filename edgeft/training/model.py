@@ -50,8 +50,9 @@ def load_base(
         extra["quantization_config"] = _nf4(skeleton(folder), dtype)
     elif is_quantized(folder):
         raise StageError(f"{folder.name} is already quantized; training starts from 16-bit or 32-bit weights")
+    placed = {"": "cpu" if where == "cpu" else 0}  # accelerate wants a quantized model's GPU by number
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": where}, local_files_only=True, **extra
+        folder, dtype=dtype, device_map=placed, local_files_only=True, **extra
     )
     model.config.use_cache = False
     model.requires_grad_(False)

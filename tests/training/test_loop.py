@@ -123,6 +123,16 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(base, done, tm
 
 
 @pytest.mark.slow
+def test_weights_that_stay_in_nf4_train_to_the_same_adapter(base, tmp_path, monkeypatch):
+    short = replace(SETTINGS, max_steps=4)
+    run(base, tmp_path / "plain", short)
+    monkeypatch.setattr(models, "_fits", lambda *_: False)
+    run(base, tmp_path / "packed", short)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_the_memory(base, tmp_path):
     short = replace(SETTINGS, max_steps=4)
     plain = run(base, tmp_path / "plain", short, dropout=0)

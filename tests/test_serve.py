@@ -10,8 +10,9 @@ import urllib.request
 
 import pytest
 
+from edgeft.commands.talking import Found, serve_command
 from edgeft.llamacpp.decode import Decoder
-from edgeft.llamacpp.server import serve_command
+from edgeft.stages.serve import Serve
 
 
 @contextlib.contextmanager
@@ -47,7 +48,8 @@ def test_the_pinned_server_answers_over_the_openai_api(library, smollm2, tmp_pat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = serve_command(smollm2, port=port, context=512, threads=1, api_key="geheim", alias="medical")
+    found = Found(smollm2, "medical", Serve(context=512))
+    argv = serve_command(found, 1, "127.0.0.1", port, "geheim", web=False)
     chat = {
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
@@ -67,13 +69,3 @@ def test_the_pinned_server_answers_over_the_openai_api(library, smollm2, tmp_pat
         ours = decoder.detokenize(decoder.generate(ids, 16), special=False)
     assert answer["usage"]["prompt_tokens"] == len(ids)
     assert answer["choices"][0]["message"]["content"].split()[:2] == ours.split()[:2]
-
-
-def test_the_command_binds_to_this_machine_and_quantizes_its_cache_when_told(monkeypatch, tmp_path):
-    monkeypatch.setattr("edgeft.llamacpp.server.ensure", lambda part: tmp_path / part)
-    argv = serve_command(tmp_path / "ein Modell.gguf", context=2048, kv_type="q8_0")
-    assert argv[0] == str(tmp_path / "server" / "llama-server")
-    assert argv[argv.index("--host") + 1] == "127.0.0.1"
-    assert argv[argv.index("--ctx-size") + 1] == "2048"
-    assert argv[argv.index("--cache-type-k") + 1] == argv[argv.index("--cache-type-v") + 1] == "q8_0"
-    assert "--api-key" not in argv
