@@ -60,11 +60,12 @@ def show(
     step: Annotated[str, typer.Argument(help="One step, such as train or verify.")] = "",
     target: Target = "",
     store: StoreDir = STORE,
+    svg: Annotated[Path | None, typer.Option(help="Draw the report into this SVG file instead.")] = None,
 ) -> None:
     """Show what a build made: its report, or everything one step recorded."""
     from edgeft.commands import building
 
-    building.show(recipe, step, target, store)
+    building.show(recipe, step, target, store, svg)
 
 
 @app.command()

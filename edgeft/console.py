@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -101,6 +102,13 @@ def watching(title: str) -> Iterator[None]:
     """Show the progress of work that is no step of a build, such as compiling the server."""
     with out.status(title) as status, listen(lambda p: status.update(f"{title}: {_plain(p)}")):
         yield
+
+
+def as_svg(content: RenderableType, title: str) -> str:
+    """What a terminal of 120 columns would show, as an SVG picture."""
+    screen = Console(record=True, width=120, file=io.StringIO())
+    screen.print(content)
+    return screen.export_svg(title=title)
 
 
 def curve(values: Sequence[float], width: int) -> str:

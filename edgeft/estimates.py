@@ -64,7 +64,7 @@ def train(step: Step, artifacts: Artifacts) -> Needs:
     """The adapter with its checkpoints; memory for one step on the GPU, or on the CPU without one.
 
     Rows are taken to be as long as the longest one once the data is there, as long as the recipe allows before;
-    answers, for which alone logits are computed, as half of that.
+    answers, for which alone logits are computed, as half of that. On a CPU the NF4 weights are held dequantized.
     """
     shape, data, p = shape_for(step, artifacts), step.find("data"), step.params
     if shape is None or data is None:
@@ -74,7 +74,7 @@ def train(step: Step, artifacts: Artifacts) -> Needs:
     cuda = _has_gpu()
     wanted = p.gradient_checkpointing  # type: ignore[attr-defined]
     need = sizes.training(
-        shape, method=p.method, rank=p.rank, batch=p.batch_size, tokens=tokens, logit_tokens=-(-tokens // 2),  # type: ignore[attr-defined]
+        shape, method=p.method if cuda else "lora", rank=p.rank, batch=p.batch_size, tokens=tokens, logit_tokens=-(-tokens // 2),  # type: ignore[attr-defined]
         device="cuda" if cuda else "cpu", weight_bytes=2 if cuda else 4, optimizer_bits=8 if cuda else 32,
         checkpointing=(cuda or shape.parameters >= 10**9) if wanted == "auto" else bool(wanted),
     )  # fmt: skip

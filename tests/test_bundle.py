@@ -234,10 +234,7 @@ def test_run_sh_says_when_there_is_no_server(tmp_path):
 def test_every_option_is_one_the_pinned_llama_server_knows():
     from edgeft.llamacpp import source
 
-    tree = next(iter(sorted(source.home().glob("**/vendor/llama.cpp/common/arg.cpp"))), None)
-    if tree is None:
-        pytest.skip("llama.cpp's source is not on this machine")
-    known = tree.read_text()
+    known = (source.llama_cpp_tree() / "common" / "arg.cpp").read_text()
     for option in server_arguments(replace(SETTINGS, gpu=True)):
         if option.startswith("--"):
             assert f'"{option}"' in known, option
@@ -247,10 +244,9 @@ def test_every_option_is_one_the_pinned_llama_server_knows():
 def test_the_pinned_server_starts_from_the_bundle_with_its_settings(tmp_path):
     from edgeft.llamacpp import build
 
-    if not build.built("server"):
-        pytest.skip("llama-server is not built on this machine")
+    server = build.ensure("server") / "llama-server"
     (tmp_path / "run.sh").write_bytes(run_script(SETTINGS, llama_cpp="0123abcd"))
-    env = {"LLAMA_SERVER": str(build.binaries() / "llama-server"), "PATH": "/usr/bin:/bin"}
+    env = {"LLAMA_SERVER": str(server), "PATH": "/usr/bin:/bin"}
     said = subprocess.run(
         ["sh", str(tmp_path / "run.sh")], check=False, capture_output=True, text=True, env=env, timeout=120
     )  # there is no model.gguf: it must get as far as missing that, past every option

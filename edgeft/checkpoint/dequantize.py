@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeft import progress
 from edgeft.errors import StageError
+from edgeft.llamacpp import header as gguf_header
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def gguf_to_checkpoint(gguf: Path, out: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    header = read_header(gguf)
+    header = dict(gguf_header.read(gguf).keys)
     progress.report("dequantize the base")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -60,17 +61,6 @@ def gguf_to_checkpoint(gguf: Path, out: Path) -> dict[str, Any]:
         "add_space_prefix": header.get("tokenizer.ggml.add_space_prefix"),
         "tokenizer_repairs": repaired,
     }
-
-
-def read_header(gguf: Path) -> dict[str, Any]:
-    """The scalar and string metadata of a GGUF file; arrays are left out."""
-    from gguf import GGUFReader, GGUFValueType
-
-    reader = GGUFReader(gguf)
-    return {
-        name: field.contents() for name, field in reader.fields.items()
-        if field.types and field.types[0] != GGUFValueType.ARRAY
-    }  # fmt: skip
 
 
 def _same_special_ids(tokenizer: Any, header: dict[str, Any], gguf: Path) -> None:

@@ -92,7 +92,7 @@ def plan(recipe: Path, target: str, upto: str, store_dir: Path, *, why: bool) ->
     check(steps, have)
 
 
-def show(recipe: Path, step: str, target: str, store_dir: Path) -> None:
+def show(recipe: Path, step: str, target: str, store_dir: Path, svg: Path | None) -> None:
     """Print the last report of a recipe, or all that one step recorded."""
     from rich.markdown import Markdown
 
@@ -101,7 +101,11 @@ def show(recipe: Path, step: str, target: str, store_dir: Path) -> None:
         page = store.root / "reports" / recipe.stem / "report.md"
         if not page.is_file():
             raise EdgeftError(f"{recipe} was not built yet in {store.root}", hint=f"edgeft build {recipe}")
-        console.out.print(Markdown(page.read_text(encoding="utf-8")))
+        shown = Markdown(page.read_text(encoding="utf-8"))
+        if svg:
+            write_atomically(svg, console.as_svg(shown, f"edgeft show {recipe}"))
+        else:
+            console.out.print(shown)
         return
     steps = make_plan(*read(recipe, target))
     wanted = [s for s in steps if step in (s.stage.name, s.stage.id, s.variant, s.title)]

@@ -14,7 +14,8 @@ from typing import Any
 
 from edgeft.errors import DataError
 from edgeft.fit.families import Dimensions, Matrix, dimensions, layout
-from edgeft.fit.gguf_header import Header, read_header
+from edgeft.llamacpp import header as gguf_header
+from edgeft.llamacpp.header import Header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +80,14 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
 
 def from_gguf(path: Path) -> ModelShape:
     """The shape that a GGUF header describes. Raises DataError for a file that is none, or holds no decoder."""
-    header = read_header(path)
+    header = gguf_header.read(path)
     size = _gguf_dimensions(header, path)
     matrices, vectors, n_vectors = [], 0, 0
     for tensor in header.tensors:
         if tensor.name.startswith("rope_"):
             continue
-        elements = _product(tensor.dimensions)
-        if len([d for d in tensor.dimensions if d > 1]) < 2:
+        elements = _product(tensor.shape)
+        if len([d for d in tensor.shape if d > 1]) < 2:
             vectors, n_vectors = vectors + elements, n_vectors + 1
             continue
         found = re.match(r"blk\.(\d+)\.", tensor.name)
@@ -94,9 +95,9 @@ def from_gguf(path: Path) -> ModelShape:
             Matrix(
                 role=tensor.name[found.end() if found else 0 :].removesuffix(".weight"),
                 layer=int(found[1]) if found else -1,
-                columns=tensor.dimensions[0],
-                rows=tensor.dimensions[1],
-                experts=_product(tensor.dimensions[2:]),
+                columns=tensor.shape[0],
+                rows=tensor.shape[1],
+                experts=_product(tensor.shape[2:]),
             )
         )
     matrices.sort(key=lambda m: m.layer)  # llama.cpp walks the blocks in order, however the file lists them
@@ -145,7 +146,7 @@ def _shape(
 
 
 def _gguf_dimensions(header: Header, path: Path) -> Dimensions:
-    data = header.metadata
+    data: Mapping[str, Any] = header.keys
     arch = str(data.get("general.architecture", ""))
 
     def number(key: str, otherwise: int = 0) -> int:
@@ -161,7 +162,7 @@ def _gguf_dimensions(header: Header, path: Path) -> Dimensions:
     return Dimensions(
         architecture=arch, layers=layers, hidden=hidden, heads=heads,
         kv_heads=number("attention.head_count_kv", heads), head_dim=number("attention.key_length", hidden // heads),
-        ffn=number("feed_forward_length", 4 * hidden), vocab=embedding.dimensions[1],
+        ffn=number("feed_forward_length", 4 * hidden), vocab=embedding.shape[1],
         context_length=number("context_length"), n_experts=number("expert_count"),
         experts_used=number("expert_used_count"), sliding_window=window if period else 0,
         window_layers=layers - layers // period if window and period else 0,

@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ Value = Scalar | list[Scalar]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_SHORT = 64
-"""Longer arrays (vocabularies) are walked over, not kept."""
+_SHORT = 1024
+"""Longer arrays (vocabularies) are walked over, not kept, unless asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class Header:
 
     keys: Mapping[str, Value | None]
     """Every key; None for an array too long to keep."""
+    lengths: Mapping[str, int]
+    """How long each array is, kept or not."""
     tensors: tuple[Tensor, ...]
     data_offset: int
     """Where the tensor data starts, in bytes from the start of the file."""
@@ -65,11 +67,14 @@ class Header:
     """Where each key's bytes lie."""
 
 
-def read(path: Path) -> Header:
-    """The header of a GGUF file. Raises DataError when it is not one, or is cut off."""
+def read(path: Path, *, arrays: Collection[str] = ()) -> Header:
+    """The header of a GGUF file; `arrays` names the long arrays to keep, such as the token list.
+
+    Raises DataError when it is not a GGUF file, or is cut off.
+    """
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Cursor(data).header()
+            return _Cursor(data).header(arrays)
     except (struct.error, ValueError, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a complete GGUF file: {error}") from error
 
@@ -165,7 +170,7 @@ class _Cursor:
     def __init__(self, data: mmap.mmap, at: int = 0) -> None:
         self.data, self.at = data, at
 
-    def header(self) -> Header:
+    def header(self, arrays: Collection[str] = ()) -> Header:
         magic, version, n_tensors, n_keys = self.take("4sIQQ")
         if magic != b"GGUF":
             raise ValueError(f"it starts with {magic!r}")
@@ -173,9 +178,13 @@ class _Cursor:
             raise ValueError(f"GGUF version {version}")
         keys: dict[str, Value | None] = {}
         spans: dict[str, tuple[int, int]] = {}
+        lengths: dict[str, int] = {}
         for _ in range(n_keys):
             start, name = self.at, self.string()
-            keys[name] = self.value(self.take("I")[0])
+            kind = self.take("I")[0]
+            if kind == _ARRAY:
+                lengths[name] = self.peek_length()
+            keys[name] = self.value(kind, keep=name in arrays)
             spans[name] = (start, self.at)
         tensors = tuple(self.tensor() for _ in range(n_tensors))
         alignment = keys.get("general.alignment", 32)
@@ -183,7 +192,7 @@ class _Cursor:
         offset = self.at + -self.at % alignment
         if tensors and offset + sum(t.bytes for t in tensors) > len(self.data):
             raise ValueError(f"{len(self.data)} bytes are fewer than its tensors need")
-        return Header(keys=keys, tensors=tensors, data_offset=offset, spans=spans)
+        return Header(keys=keys, lengths=lengths, tensors=tensors, data_offset=offset, spans=spans)
 
     def tensor(self) -> Tensor:
         name = self.string()
@@ -198,17 +207,21 @@ class _Cursor:
         size *= weights // block
         return Tensor(name=name, shape=shape, type=label, weights=weights, bytes=size, offset=offset)
 
-    def value(self, kind: int) -> Value | None:
+    def peek_length(self) -> int:
+        """The length of the array that begins here, behind its element type."""
+        return int.from_bytes(self.data[self.at + 4 : self.at + 12], "little")
+
+    def value(self, kind: int, *, keep: bool = False) -> Value | None:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             scalar: Scalar = self.take(_SCALARS[kind])[0]
             return scalar
         inner, count = self.take("IQ")
-        if inner in _SCALARS and count > _SHORT:
+        if inner in _SCALARS and count > _SHORT and not keep:
             self.at += count * struct.calcsize(_SCALARS[inner])
             return None
-        if inner == _STRING and count > _SHORT:
+        if inner == _STRING and count > _SHORT and not keep:
             for _ in range(count):
                 self.at += 8 + int.from_bytes(self.data[self.at : self.at + 8], "little")
             return None

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 _listeners: list[Callable[[str], None]] = []
 """Who hears what the library says, beside the log."""
-_levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.DEBUG}
-"""ggml_log_level (ggml.h): info, warning, error, debug. Its warnings are about metadata most of the time."""
+_levels = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
+"""ggml_log_level (ggml.h): debug, info, warning, error. Its warnings are about metadata most of the time."""
 _keep: list[object] = []
 """C holds a pointer to the log callback until the process ends."""
 

@@ -1,5 +1,7 @@
-"""How many threads llama.cpp gets. ggml's threads spin at a barrier after every operation, so one thread more than
-there are idle cores costs far more than it brings (measured: 40 times slower with 2 threads on 2 busy cores)."""
+"""How many threads llama.cpp gets: one for each core this process may use, never one more.
+
+ggml's threads wait for one another after every operation, so a thread without a core of its own holds up all others.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,15 @@ from pathlib import Path
 
 
 def default_threads() -> int:
-    """Half of the physical cores this process may use, at least 1 and at most 8."""
+    """The physical cores this process may use, at least 1 and at most 8.
+
+    Measured on 2 cores with SmolLM2-135M Q8_0, 512 tokens: 1 thread 2.7 s, 2 threads 1.5 s; with two other busy
+    processes 3.9 s and 3.3 s.
+    """
     import psutil
 
     physical = psutil.cpu_count(logical=False) or 1
-    return max(1, min(8, min(physical, allowed_cpus()) // 2))
+    return max(1, min(8, min(physical, allowed_cpus())))
 
 
 def allowed_cpus() -> int:

@@ -17,9 +17,9 @@ from edgeft.bundle.launch import slug
 from edgeft.errors import FitError, RecipeError
 from edgeft.fit import memory, speed
 from edgeft.fit.board import Board
-from edgeft.fit.gguf_header import read_header
 from edgeft.fit.memory import Serving
 from edgeft.fit.shape import ModelShape, from_gguf
+from edgeft.llamacpp import header as gguf_header
 from edgeft.stage import Artifact, Facts, Job, Params, Stage, Step, digest
 
 FILE = "bundle.tar.zst"
@@ -38,8 +38,8 @@ def run(job: Job[Bundle]) -> Facts:
         inputs["serve"].facts,
         inputs["quantize/gguf"].facts["type"],
     )
-    header = read_header(gguf, arrays=("tokenizer.ggml.tokens",))
-    settings = _settings(device, serve, str(header.metadata.get("general.name", "")))
+    header = gguf_header.read(gguf, arrays=("tokenizer.ggml.tokens",))
+    settings = _settings(device, serve, str(header.keys.get("general.name", "")))
     need, rate = _predicted(from_gguf(gguf), label, device, serve)
     pin = _llama_cpp()
     base, data = inputs["base"], inputs["data"]
@@ -47,7 +47,7 @@ def run(job: Job[Bundle]) -> Facts:
         "model.gguf": gguf,
         "settings.json": settings.as_json(),
         "run.sh": bundle.run_script(settings, llama_cpp=pin["commit"]),
-        "Modelfile": bundle.modelfile(settings, _stop(header.metadata)),
+        "Modelfile": bundle.modelfile(settings, _stop(header.keys)),
         "NOTICE.txt": papers.notice(base.facts, data.facts),
         **papers.data_card(data.path),
         **papers.notices(base.path, "notices/base"),

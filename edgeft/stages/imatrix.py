@@ -9,8 +9,9 @@ from edgeft.stage import Facts, Job, Params, Stage
 
 
 class Imatrix(Params):
-    chunks: int = Field(24, ge=1, le=10_000)
-    """Windows of 512 training tokens. Ten times more text measured no better (llama.cpp PR #6936)."""
+    chunks: int = Field(10, ge=1, le=10_000)
+    """Windows of 512 training tokens. A thousand tokens did as well as ten million (llama.cpp,
+    tools/perplexity/README.md, Q2_K of Llama-3-8B: KLD 0.337 and 0.332)."""
 
 
 def run(job: Job[Imatrix]) -> Facts:

