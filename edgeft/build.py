@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from edgeft.errors import EdgeftError, SetupError, StageError
+from edgeft.errors import EdgeftError, SetupError, StageError, ToolError
 from edgeft.isolate import here, isolated
 from edgeft.progress import Progress
 from edgeft.stage import Artifact, Job, Needs, Step
 from edgeft.store import Store
+from edgeft.tool import Tool
 
 log = logging.getLogger(__name__)
 
@@ -168,12 +169,27 @@ def room(missing: Sequence[Step], have: Mapping[str, Artifact], root: Path) -> N
             hint="free some space with `edgeft clean`, or build into another disk with --store DIR",
         )
     ram_mb = psutil.virtual_memory().total // 10**6
+    vram_mb = _vram_mb() if any(n.vram_mb for _, n in wanted) else None
     for step, n in wanted:
+        if vram_mb is not None and n.vram_mb > vram_mb:
+            raise SetupError(
+                f"{step.title} will need about {n.vram_mb:,} MB of GPU memory; this GPU has {vram_mb:,} MB",
+                hint='use a smaller base, method = "qlora", a smaller batch_size with more accumulation, or shorter rows',
+            )
         if n.ram_mb > ram_mb:
             raise SetupError(
                 f"{step.title} will need about {n.ram_mb:,} MB of memory; this machine has {ram_mb:,} MB",
                 hint="use a smaller base or batch, or a machine with more memory",
             )
+
+
+def _vram_mb() -> int | None:
+    """Memory of the largest NVIDIA GPU, or None where nvidia-smi does not say."""
+    try:
+        said = Tool(name="nvidia-smi")("--query-gpu=memory.total", "--format=csv,noheader,nounits")
+        return max(int(line) for line in said.splitlines()) * 2**20 // 10**6
+    except (SetupError, ToolError, ValueError):
+        return None
 
 
 def _make(step: Step, store: Store, done: Mapping[str, Artifact], watch: Watch) -> Artifact:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from edgeft.checkpoint.truncate import WHOLE_BELOW
 from edgeft.fit import training as sizes
 from edgeft.fit.base_shape import base_shape
 from edgeft.fit.shape import ModelShape, shape_of
@@ -58,6 +59,17 @@ def base(step: Step, artifacts: Artifacts) -> Needs:
     return Needs(
         disk_mb=checkpoint, ram_mb=PYTHON_MB + 3 * checkpoint if _is_gguf(step.params) else PYTHON_MB
     )
+
+
+def preflight(step: Step, artifacts: Artifacts) -> Needs:
+    """The base, or its first layers, in float32: once as a checkpoint in memory, once as a file for a while."""
+    shape, p = shape_for(step, artifacts), step.params
+    if shape is None:
+        return Needs()
+    kept = shape.parameters
+    if kept > WHOLE_BELOW:
+        kept -= round(shape.linear_parameters * (1 - min(1, p.layers / shape.layers)))  # type: ignore[attr-defined]
+    return Needs(disk_mb=4 * kept // 10**6, ram_mb=PYTHON_MB + 8 * kept // 10**6)
 
 
 def train(step: Step, artifacts: Artifacts) -> Needs:

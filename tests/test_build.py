@@ -259,3 +259,17 @@ def test_sweep_refuses_a_folder_that_edgeft_did_not_make(store):
     with pytest.raises(EdgeftError, match=r"CACHEDIR\.TAG"):
         store.sweep(set())
     assert (store.root / "done" / "precious-0").exists()
+
+
+def test_too_little_gpu_memory_is_predicted_before_anything_runs(go, tmp_path, monkeypatch):
+    """A stand-in for nvidia-smi, which no machine without a GPU has, answers as the real one does."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 12288\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    large = tuple(
+        replace(s, estimate=lambda step, have: Needs(vram_mb=20_000)) if s.name == "train" else s for s in TOY
+    )
+    with pytest.raises(SetupError, match="will need about 20,000 MB of GPU memory; this GPU has 12,884 MB"):
+        go(stages=large)

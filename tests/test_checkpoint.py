@@ -172,3 +172,35 @@ def test_keys_the_converter_reads_are_added_and_said(tmp_path, config, keys):
     assert keys.items() <= repaired.items() and config.items() <= repaired.items()
     assert all(any(f"added {key} =" in s for s in said) for key in keys)
     assert repairs.repair(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_a_checkpoint_that_transformers_5_saves_converts_after_its_repair_and_not_before(
+    family, tiny_checkpoint, tmp_path
+):
+    import torch
+    import transformers
+
+    from edgeft.errors import ToolError
+    from edgeft.llamacpp import convert
+    from edgeft.parity import exact
+
+    small = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
+    config = {
+        "gpt2": lambda: transformers.GPT2Config(**small, n_embd=64, n_layer=2, n_head=4, n_positions=256),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(
+            **small, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+            max_position_embeddings=256,
+        ),
+    }[family]()  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    for path in tiny_checkpoint.iterdir():
+        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            (tmp_path / "m" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ToolError):
+        convert.to_gguf(tmp_path / "m", tmp_path / "before.gguf", outtype="f32")
+    assert repairs.repair(tmp_path / "m")
+    convert.to_gguf(tmp_path / "m", tmp_path / "after.gguf", outtype="f32")
+    assert exact.compare(tmp_path / "m", tmp_path / "after.gguf").problems == ()

@@ -181,3 +181,12 @@ def wait_for_a_checkpoint(store: Path, process) -> None:
             time.sleep(0.2)
             return
         time.sleep(0.05)
+
+
+def test_show_tells_a_step_and_clean_keeps_what_was_built(project, built):
+    shown = edgeft("show", "tiny.toml", "train", cwd=project)
+    assert '"heldout_loss"' in shown.stdout and '"rank": 16' in shown.stdout
+    (built / "done" / "left-0123456789abcdef").mkdir()
+    swept = edgeft("clean", cwd=project)
+    assert swept.returncode == 0 and "left-0123456789abcdef" in swept.stdout
+    assert "0 steps ran" in edgeft("build", "tiny.toml", cwd=project).stdout

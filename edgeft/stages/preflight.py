@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from edgeft import llamacpp
+from edgeft import estimates, llamacpp
 from edgeft.errors import StageError
 from edgeft.stage import Facts, Job, Params, Stage
 
@@ -58,5 +58,11 @@ def _remove(gguf: Path, folder: Path) -> None:
 
 
 STAGE = Stage(
-    name="preflight", params=Preflight, run=run, needs=("base",), extra="train", tools=(llamacpp.LIBRARY,)
+    name="preflight",
+    params=Preflight,
+    run=run,
+    needs=("base",),
+    extra="train",
+    tools=(llamacpp.LIBRARY,),
+    estimate=estimates.preflight,
 )
