@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -155,10 +154,6 @@ def main() -> None:
 
         say_error(e)
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
-        sys.stderr.flush()
-        os._exit(130)
 
 
 if __name__ == "__main__":

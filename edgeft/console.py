@@ -74,7 +74,7 @@ class Screen:
     def ended(self, result: Result) -> None:
         """A step is done, was in the store, failed, or could not be tried."""
         self.step = None
-        out.print(_line(result))
+        out.print(_line(result), soft_wrap=True)
 
     def _draw(self) -> Group:
         if self.step is None:
@@ -124,9 +124,9 @@ def curve(values: Sequence[float], width: int) -> str:
 
 def say_error(error: EdgeftError) -> None:
     """A sentence in red and what to do about it."""
-    err.print(f"error: {error}", markup=False, style="red", highlight=False)
+    err.print(f"error: {error}", markup=False, style="red", highlight=False, soft_wrap=True)
     if error.hint:
-        err.print(f"hint: {error.hint}", markup=False, highlight=False)
+        err.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
 
 
 def say_closing(report: Report) -> None:
@@ -142,7 +142,7 @@ class _Warnings(logging.Handler):
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
-        out.print(f"    [yellow]![/yellow] {escape(record.getMessage())}", highlight=False)
+        out.print(f"    [yellow]![/yellow] {escape(record.getMessage())}", highlight=False, soft_wrap=True)
 
 
 def _line(result: Result) -> Text:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeft import __version__
 from edgeft.build import Report, Result
-from edgeft.store import Store, write_atomically
+from edgeft.store import Store, read_manifest, write_atomically
 
 SCHEMA = 1
 """Raised when a key of report.json changes its meaning or goes away."""
@@ -51,11 +51,17 @@ def _step(result: Result) -> dict[str, Any]:
     )
     return {
         "step": result.step.title, "stage": result.step.stage.id, "variant": result.step.variant,
-        "key": result.step.key, "state": state, "seconds": round(result.seconds, 2),
+        "key": result.step.key, "state": state, "seconds": _seconds(result),
         "error": str(result.error) if result.error else None,
         "path": str(result.artifact.path) if result.artifact else None,
         "facts": result.artifact.facts if result.artifact else {},
     }  # fmt: skip
+
+
+def _seconds(result: Result) -> float:
+    """How long the step took when it was made, which may have been in an earlier build."""
+    manifest = read_manifest(result.artifact.path) if result.artifact else None
+    return round(float(manifest["seconds"]) if manifest else result.seconds, 2)
 
 
 def as_markdown(document: dict[str, Any]) -> str:
@@ -127,7 +133,7 @@ def _answers(steps: list[dict[str, Any]]) -> list[str]:
     shown = measured[0]
     lines = ["## Held-out questions", ""]
     for a in shown["facts"]["answers"]:
-        lines += [f"**{_cell(a['question'])}**", "", "| | |", "|---|---|", f"| expected | {_cell(a['expected'])} |",
+        lines += [f"**{_cell(a['question'])}**", "", "| who | answer |", "|---|---|", f"| expected | {_cell(a['expected'])} |",
                   f"| base | {_cell(a['base'])} |", f"| trained | {_cell(a['trained'])} |",
                   f"| shipped ({shown['variant']}) | {_cell(a['shipped'])} |", ""]  # fmt: skip
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -190,3 +191,20 @@ def test_show_tells_a_step_and_clean_keeps_what_was_built(project, built):
     swept = edgeft("clean", cwd=project)
     assert swept.returncode == 0 and "left-0123456789abcdef" in swept.stdout
     assert "0 steps ran" in edgeft("build", "tiny.toml", cwd=project).stdout
+
+
+def test_ctrl_c_ends_with_130_and_says_that_the_same_command_goes_on(project, built):
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "edgeft", "build", "tiny.toml", "--store", "stopped"], cwd=project, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:  # fmt: skip
+        assert process.stdout and process.stderr
+        for line in process.stdout:
+            if line.strip() == "base …":
+                time.sleep(1)
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "stopped; the same command goes on from here" in said and "Traceback" not in said

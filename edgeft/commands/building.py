@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -44,8 +45,12 @@ def build(recipe: Path, target: str, upto: str, store_dir: Path, *, verbose: boo
     console.out.print(f"[bold]{escape(name)}[/bold]" + (f" for {tables[1].name}" if len(tables) > 1 else ""))
     with store.building(name):
         _remember(store, recipe, target, tables)
-        with console.Screen().showing() as screen:
-            result = run_build(steps, store, screen)
+        try:
+            with console.Screen().showing() as screen:
+                result = run_build(steps, store, screen)
+        except KeyboardInterrupt:
+            console.err.print("stopped; the same command goes on from here")
+            raise typer.Exit(130) from None
         page = report.write(result, store, name, tables[1].name if len(tables) > 1 else "")
     console.say_closing(result)
     if result.error:

@@ -72,6 +72,9 @@ def read(path: Path, *, arrays: Collection[str] = ()) -> Header:
 
     Raises DataError when it is not a GGUF file, or is cut off.
     """
+    with path.open("rb") as stream:
+        if (magic := stream.read(4)) != b"GGUF":
+            raise DataError(f"{path} is not a GGUF file: it starts with {magic!r}")
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data).header(arrays)
@@ -171,9 +174,7 @@ class _Cursor:
         self.data, self.at = data, at
 
     def header(self, arrays: Collection[str] = ()) -> Header:
-        magic, version, n_tensors, n_keys = self.take("4sIQQ")
-        if magic != b"GGUF":
-            raise ValueError(f"it starts with {magic!r}")
+        _, version, n_tensors, n_keys = self.take("4sIQQ")
         if version not in (2, 3):
             raise ValueError(f"GGUF version {version}")
         keys: dict[str, Value | None] = {}
