@@ -60,9 +60,10 @@ def tiny_gguf(
 ) -> Path:  # fmt: skip
     """A Llama with random 16-bit weights and 64 tokens, as a real GGUF file."""
     import numpy as np
-    from gguf import GGUFWriter
 
-    writer, vocab, keys = GGUFWriter(path, "llama"), 64, hidden // heads * kv_heads
+    from edgeft import llamacpp
+
+    writer, vocab, keys = llamacpp.gguf().GGUFWriter(path, "llama"), 64, hidden // heads * kv_heads
     writer.add_name(name)
     writer.add_block_count(layers)
     writer.add_embedding_length(hidden)

@@ -160,13 +160,14 @@ def test_the_base_is_found_in_an_artifact_a_path_and_the_hub_cache(tmp_path, mon
 
 def test_another_version_of_the_package_is_not_taken_for_the_base(tmp_path, monkeypatch):
     smollm2_file()
+    tiny_gguf(tmp_path / "x.gguf")
     monkeypatch.setenv("EDGEFT_CACHE", str(tmp_path))
     assert base_shape(SimpleNamespace(**{**vars(SMOLLM2_BASE), "version": "0.1.1"})) is None
     absent = SimpleNamespace(package="no-such-package-here", version="1", file="inside/x.gguf")
     assert base_shape(absent) is None
     kept = tmp_path / "packages" / "no-such-package-here-1" / "inside"
     kept.mkdir(parents=True)
-    tiny_gguf(kept / "x.gguf")
+    (tmp_path / "x.gguf").rename(kept / "x.gguf")
     shape = base_shape(absent)
     assert shape is not None
     assert shape.layers == 2

@@ -29,7 +29,7 @@ def test_the_table_of_types_is_the_pinned_librarys(library):
 
 def test_keys_tensors_and_data_are_found_where_gguf_py_finds_them(library, tmp_path):
     path = tmp_path / "many.gguf"
-    words = [f"Wörter {i}" for i in range(300)]  # longer than what is kept: walked over
+    words = [f"Wörter {i}" for i in range(1500)]  # longer than what is kept: walked over
     tensors = {"a.weight": ((3, 5), bytes(60)), "b.weight": ((2, 1, 4), bytes(32)), "c": ((7,), bytes(28))}
     header.write(
         path, {"general.architecture": "llama", "w": words, "n": list(range(100)), "z": True}, tensors
@@ -65,7 +65,7 @@ def test_setting_keys_changes_the_keys_and_not_one_byte_of_data(library, tmp_pat
     assert [bytes(t.data.view("uint8").ravel()) for t in reader.tensors] == [bytes(range(24)), b"1234"]
 
 
-@pytest.mark.parametrize("keep", [3, 20, 4000, -100])
+@pytest.mark.parametrize("keep", [4, 20, 4000, -100])
 def test_a_file_that_is_cut_off_is_refused_by_name(tiny, tmp_path, keep):
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny(64).read_bytes()[:keep])
