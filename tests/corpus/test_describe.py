@@ -44,7 +44,7 @@ def test_the_written_recipe_loads_and_names_its_data_relative_to_itself(tmp_path
     tables = load(recipe)
     data = next(p for s, p in tables.rows if s.name == "data")
     assert data.sources[0].path == path and tables.target == "laptop"
-    assert [p.type for s, p in tables.rows if s.name == "quantize"] == ["Q8_0", "Q4_K_M"]
+    assert [p.type for s, p in tables.rows if s.name == "quantize"] == ["Q8_0", "Q5_K_M"]
 
 
 def test_malformed_rows_are_written_into_the_recipe_as_comments(tmp_path):
