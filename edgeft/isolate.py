@@ -96,6 +96,7 @@ def _child(pipe: Connection, run: Callable[[Job[Any]], Facts], job: Job[Any], lo
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _say_into(log_file)
+    _wait_without_spinning()
     logging.getLogger("edgeft").addHandler(_Forward(pipe))
     with log_to(log_file), progress.listen(lambda p: pipe.send(("progress", p))):
         try:
@@ -116,6 +117,15 @@ def _say_into(log_file: Path) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ["TQDM_DISABLE"] = "1"
+
+
+def _wait_without_spinning() -> None:
+    """Let OpenMP's threads sleep soon when they wait for one another; read by libgomp when torch loads it.
+
+    By default a waiting thread spins, which costs nothing on an idle machine and everything on a busy one: with two
+    other processes on two cores, small products took 38 s instead of 2 s (benchmarks/waiting_threads.py).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _sendable(error: EdgeftError) -> EdgeftError:

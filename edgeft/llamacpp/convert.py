@@ -42,7 +42,8 @@ def to_gguf(
     if "{" in os.fspath(out):
         raise StageError(f"{out} has a brace in its name, which the converter would read as a pattern")
     argv = [
-        sys.executable, os.fspath(llama_cpp_tree() / "convert_hf_to_gguf.py"), os.fspath(checkpoint),
+        sys.executable, os.fspath(Path(__file__).with_name("converter.py")), os.fspath(llama_cpp_tree()),
+        os.fspath(checkpoint),
         "--outfile", os.fspath(aside), "--outtype", outtype,
     ]  # fmt: skip
     if model_name:

@@ -83,7 +83,7 @@ def dry_run(bindings, source: Path, label: str, *, imatrix: bool) -> float:
         tensors = [t for t in gguf_header.read(source).tensors if len(t.shape) > 1]
         array = (bindings.llama_model_imatrix_data * (len(tensors) + 1))()
         for slot, tensor in zip(array, tensors, strict=False):
-            keep.append(np.ones(tensor.dimensions[0], np.float32))
+            keep.append(np.ones(tensor.shape[0], np.float32))
             slot.name, slot.size = tensor.name.encode(), keep[-1].size
             slot.data = ctypes.cast(keep[-1].ctypes.data, ctypes.POINTER(ctypes.c_float))
         params.imatrix = array
