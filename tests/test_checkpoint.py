@@ -204,3 +204,28 @@ def test_a_checkpoint_that_transformers_5_saves_converts_after_its_repair_and_no
     assert repairs.repair(tmp_path / "m")
     convert.to_gguf(tmp_path / "m", tmp_path / "after.gguf", outtype="f32")
     assert exact.compare(tmp_path / "m", tmp_path / "after.gguf").problems == ()
+
+
+@pytest.mark.slow
+def test_a_gemma_3_that_converts_without_a_word_into_another_model_is_found_by_its_logits(
+    library, tiny_checkpoint, tmp_path
+):
+    import torch
+    import transformers
+
+    from edgeft.llamacpp import convert
+    from edgeft.parity import exact
+
+    config = transformers.Gemma3TextConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=32, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    for path in tiny_checkpoint.iterdir():
+        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            (tmp_path / "m" / path.name).write_bytes(path.read_bytes())
+    convert.to_gguf(tmp_path / "m", tmp_path / "m.gguf", outtype="f32")  # no error, no warning
+    (problem,) = exact.compare(tmp_path / "m", tmp_path / "m.gguf").problems
+    assert "the logits differ: mean KL divergence" in problem
