@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from edgeft.store import Store
-from tests.conftest import ROOT, SMOLLM2
+from tests.conftest import PYTHONPATH, SMOLLM2
 
 BASE = "\n".join(f'{name} = "{value}"' for name, value in SMOLLM2.items())
 RECIPE = f"""
@@ -32,7 +32,7 @@ def edgeft(tmp_path):
     def run(*args, **env):
         return subprocess.run(
             [sys.executable, "-m", "edgeft", *map(str, args)], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=120,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": "200", **env},
         )  # fmt: skip
 
     run.folder = tmp_path

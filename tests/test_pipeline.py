@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from edgeft.stages import STAGES
-from tests.conftest import ROOT
+from tests.conftest import PYTHONPATH, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ min_same_top = 0
 def edgeft(*args, cwd, **env):
     return subprocess.run(
         [sys.executable, "-m", "edgeft", *map(str, args)], cwd=cwd, text=True, capture_output=True, check=False, timeout=900,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, **env},
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_kill_9_in_every_stage_and_the_same_command_ends_with_the_same_bytes(pro
 def kill_in_a_new_stage(command, cwd, killed) -> str | None:
     """Start a build and kill -9 it in the first stage that was not killed yet; None when there is none left."""
     with subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:  # fmt: skip
+                          env={**os.environ, "PYTHONPATH": PYTHONPATH}) as process:  # fmt: skip
         assert process.stdout
         for line in process.stdout:
             if line.endswith(" …\n") and (title := line.strip(" …\n")) not in killed:
@@ -196,7 +196,7 @@ def test_show_tells_a_step_and_clean_keeps_what_was_built(project, built):
 def test_ctrl_c_ends_with_130_and_says_that_the_same_command_goes_on(project, built):
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "edgeft", "build", "tiny.toml", "--store", "stopped"], cwd=project, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": PYTHONPATH},
     ) as process:  # fmt: skip
         assert process.stdout and process.stderr
         for line in process.stdout:
@@ -208,3 +208,14 @@ def test_ctrl_c_ends_with_130_and_says_that_the_same_command_goes_on(project, bu
         said = process.stderr.read()
     assert process.returncode == 130
     assert "stopped; the same command goes on from here" in said and "Traceback" not in said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="needs an NVIDIA GPU; run with `pytest -m gpu`")
+def test_on_a_gpu_the_same_recipe_trains_in_nf4_with_a_paged_optimizer(project):
+    done = edgeft("build", "tiny.toml", "--store", "gpu", cwd=project, EDGEFT_DEVICE="cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    train = facts(project / "gpu", "train")[0]
+    assert (train["device_kind"], train["optimizer"]) == ("cuda", "paged_adamw_8bit")
+    assert train["heldout_loss"] < train["heldout_loss_base"] - 0.05
+    assert all(f["kld"] < f["kld_bound"] for f in facts(project / "gpu", "verify"))
