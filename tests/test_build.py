@@ -219,7 +219,7 @@ build(plan(*tables, stages=TOY), Store(recipe.parent / "store"))
 
 
 def test_kill_9_leaves_nothing_half_written_and_the_next_build_finishes(recipe, store, go):
-    edit(recipe, "lr = 1e-4", "pause = 0.2\nsteps = 40")
+    edit(recipe, "lr = 1e-4", "pause = 0.1\nsteps = 20")
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(recipe)])
     deadline = time.monotonic() + 60
     while not list((store.root / "work").glob("*/step")) and time.monotonic() < deadline:
@@ -231,7 +231,7 @@ def test_kill_9_leaves_nothing_half_written_and_the_next_build_finishes(recipe, 
     assert finished and all(
         json.loads((p / "edgeft.json").read_text())["files"] is not None for p in finished
     )
-    edit(recipe, "pause = 0.2\nsteps = 40", "pause = 0.2\nsteps = 40 ")  # the same recipe
+    edit(recipe, "pause = 0.1\nsteps = 20", "pause = 0.1\nsteps = 20 ")  # the same recipe
     report = go()
     assert report.error is None
     assert next(r for r in report.results if r.step.title == "train").artifact.facts["resumed_at"] >= 1
