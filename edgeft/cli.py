@@ -102,6 +102,69 @@ def serve(
 
 
 @app.command()
+def certify(
+    reference: Annotated[
+        Path,
+        typer.Argument(
+            help="The model as it should be: a checkpoint folder or a GGUF file.", show_default=False
+        ),
+    ],
+    shipped: Annotated[Path, typer.Argument(help="The GGUF file that ships.", show_default=False)],
+    via: Annotated[
+        list[Path] | None,
+        typer.Option(help="A model on the way (merged checkpoint, 16-bit GGUF); may be repeated."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter to attach to REFERENCE.")] = None,
+    qlora: Annotated[bool, typer.Option("--qlora", help="The adapter was trained on NF4 weights.")] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="The model before training, to measure the gain from.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Test text of the domain: conversations, or a .txt file.")
+    ] = None,
+    general: Annotated[Path | None, typer.Option(help="General text, instead of edgeft's own.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What the importance matrix was computed on.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of domain text.", min=2)] = 32,
+    general_windows: Annotated[int, typer.Option(help="Windows of general text.", min=0)] = 16,
+    n_ctx: Annotated[int, typer.Option(help="Tokens in a window.", min=32)] = 512,
+    questions: Annotated[int, typer.Option(help="Questions to answer side by side.", min=0)] = 6,
+    floor_windows: Annotated[
+        int, typer.Option(help="Windows for the kernels' noise; 0: not measured.", min=0)
+    ] = 2,
+    seed: Annotated[int, typer.Option(help="Which part of the texts is taken.")] = 0,
+    tier: Annotated[str, typer.Option(help="near-lossless, parity or degraded.")] = "parity",
+    max_kld: Annotated[float | None, typer.Option(help="Replaces the tier's limit.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Replaces the tier's limit.")] = None,
+    min_same_top: Annotated[float | None, typer.Option(help="Replaces the tier's limit.")] = None,
+    min_retention: Annotated[float | None, typer.Option(help="Replaces the tier's limit.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page and the numbers.")] = Path("certificate"),
+    keep_base: Annotated[
+        bool,
+        typer.Option(
+            "--keep-base", help="Keep the reference's log-probabilities, for llama-perplexity on a board."
+        ),
+    ] = False,
+) -> None:
+    """Is the file what the reference is? Measures, checks, and says PASS (0), FAIL (5) or UNDECIDED (6)."""
+    from edgeft.commands import certifying
+
+    given = {
+        "via": via or [], "adapter": adapter, "base": base, "text": text, "general": general, "calibration": calibration,
+        "windows": windows, "general_windows": general_windows, "n_ctx": n_ctx, "questions": questions,
+        "floor_windows": floor_windows, "seed": seed,
+    }  # fmt: skip
+    numbers = {
+        "max_kld": max_kld, "max_ppl_ratio": max_ppl_ratio, "min_same_top": min_same_top,
+        "min_retention": min_retention,
+    }  # fmt: skip
+    certifying.certify(
+        reference, shipped, given, numbers, tier=tier, qlora=qlora, out=out, keep_base=keep_base
+    )
+
+
+@app.command()
 def doctor(store: StoreDir = STORE) -> None:
     """Check GPU, driver, compiler, llama.cpp and disk, and say what repairs each gap."""
     from edgeft.commands import looking

@@ -6,11 +6,12 @@
   - StageError       4   a stage ran and failed
     · ToolError      7   an external command failed
   - ParityError      5   the built model strayed too far from its reference
+  - UndecidedError   6   the measurements do not tell yet whether it did
   - DataError        8   a data file is missing, malformed, or empty after the filters
   - FitError         9   the model, its context and its KV cache do not fit the target
   - BusyError       10   another build holds what this one needs
 
-The number is the exit code. 6 is kept for a parity verdict of UNDECIDED, 130 is Ctrl-C.
+The number is the exit code; 130 is Ctrl-C.
 Anything else that escapes is a bug and shows its traceback.
 """
 
@@ -41,6 +42,10 @@ class StageError(EdgeftError):
 
 class ParityError(EdgeftError):
     exit_code = 5
+
+
+class UndecidedError(EdgeftError):
+    exit_code = 6
 
 
 class ToolError(StageError):

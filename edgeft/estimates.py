@@ -15,7 +15,7 @@ from edgeft.checkpoint.truncate import WHOLE_BELOW
 from edgeft.fit import training as sizes
 from edgeft.fit.base_shape import base_shape
 from edgeft.fit.shape import ModelShape, shape_of
-from edgeft.parity.exact import FLOAT32_BELOW
+from edgeft.parity.checks.exact import FLOAT32_BELOW
 from edgeft.resources import cache as cache_folder
 from edgeft.stage import Artifact, Needs, Params, Step
 
@@ -97,9 +97,21 @@ def train(step: Step, artifacts: Artifacts) -> Needs:
 
 
 def merge(step: Step, artifacts: Artifacts) -> Needs:
-    """A second 16-bit checkpoint, written shard by shard."""
-    shape = shape_for(step, artifacts)
-    return Needs() if shape is None else Needs(disk_mb=sizes.checkpoint_mb(shape), ram_mb=PYTHON_MB)
+    """A second 16-bit checkpoint, written shard by shard, and loaded to be measured.
+
+    Where QLoRA's merge has a choice, the dequantized base and the merge that is not taken are there for a while as
+    well. Dequantizing takes 50 bytes a number of the largest matrix on a CPU.
+    """
+    shape, train, p = shape_for(step, artifacts), step.find("train"), step.params
+    if shape is None or train is None:
+        return Needs()
+    base = p.base if train.params.method == "qlora" else "original"  # type: ignore[attr-defined]
+    disk = {"original": 1, "dequantized": 2, "auto": 3}[base] * sizes.checkpoint_mb(shape)
+    loaded = shape.parameters * (4 if shape.parameters < FLOAT32_BELOW else 2) // 10**6
+    if _has_gpu():
+        return Needs(disk_mb=disk, ram_mb=sizes.host_ram_mb(shape), vram_mb=loaded + sizes.RUNTIME_MB["cuda"])
+    largest = 50 * max((m.rows * m.columns for m in shape.linears), default=0) // 10**6
+    return Needs(disk_mb=disk, ram_mb=PYTHON_MB + max(loaded, largest))
 
 
 def gguf(step: Step, artifacts: Artifacts) -> Needs:

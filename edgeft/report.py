@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeft import __version__
 from edgeft.build import Report, Result
+from edgeft.stage import Artifact
 from edgeft.store import Store, read_manifest, write_atomically
+
+if TYPE_CHECKING:
+    from edgeft.parity.certificate import Certificate
 
 SCHEMA = 1
 """Raised when a key of report.json changes its meaning or goes away."""
@@ -23,6 +28,75 @@ def write(report: Report, store: Store, recipe: str, target: str) -> Path:
     write_atomically(folder / "report.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "report.md", as_markdown(document))
     return folder / "report.md"
+
+
+def certify(report: Report, store: Store, recipe: str, recipe_path: str) -> Certificate | None:
+    """Write `certificate.json` and `certificate.html` beside the report and return the document.
+
+    It covers every file that was measured, whatever the gate said. None when no file was, or when the certificate of
+    the same steps is there already.
+    """
+    from edgeft.parity import collected, page
+    from edgeft.stages.export_bundle import predicted, target
+
+    by_variant = {
+        r.step.variant: _made(report, r.step.variant) for r in built(report, "verify") if r.artifact
+    }
+    if not by_variant:
+        return None
+    folder = store.root / "reports" / recipe
+    keys = {r.step.title: r.step.key for r in report.results if r.artifact}
+    if known := _known(folder, keys):
+        return known
+    files, made = [], next(iter(by_variant.values()))
+    device, serve = (made[name].facts if name in made else {} for name in ("device", "serve"))
+    for variant, steps in by_variant.items():
+        label = steps["quantize/gguf"].facts["type"]
+        memory = (
+            predicted(steps["quantize/gguf"].path / "model.gguf", label, device, serve)[0]["total"]
+            if device
+            else None
+        )
+        gate = next(
+            r.step.params for r in report.results if r.step.stage.name == "gate" and r.step.variant == variant
+        )
+        files.append(collected.file(steps, gate.limits(), memory_mb=memory))  # type: ignore[attr-defined]
+    found = collected.certificate(
+        files, made, name=recipe, command=f"edgeft build {recipe_path}", target=target(device) if device else {},
+        when=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions(report), keys=keys,
+    )  # fmt: skip
+    write_atomically(
+        folder / "certificate.json", json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
+    )
+    write_atomically(folder / "certificate.html", page.render(found))
+    return found
+
+
+def _known(folder: Path, keys: dict[str, str]) -> Certificate | None:
+    from edgeft.parity import certificate
+
+    try:
+        found = certificate.load(json.loads((folder / "certificate.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    noted = {k.removeprefix("step "): v for k, v in found.provenance.items() if k.startswith("step ")}
+    page = folder / "certificate.html"
+    return found if noted == keys and found.edgeft == __version__ and page.is_file() else None
+
+
+def _made(report: Report, variant: str) -> dict[str, Artifact]:
+    """The finished steps that a variant stands on, by stage name or name/kind."""
+    return {
+        r.step.stage.id: r.artifact for r in report.results if r.artifact and r.step.variant in ("", variant)
+    }
+
+
+def _versions(report: Report) -> dict[str, str]:
+    """Versions of the heavy libraries, as the reference's step recorded them."""
+    for r in built(report, "reference"):
+        manifest = read_manifest(r.artifact.path) if r.artifact else None
+        return dict((manifest or {}).get("versions", {}))
+    return {}
 
 
 def as_document(report: Report, recipe: str, target: str) -> dict[str, Any]:
@@ -103,27 +177,31 @@ def _files(steps: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "## Files against the trained model", "",
-        ("Held-out conversations; `≤` is the one-sided 95 % bound over windows. "
-        "Kept: share of what training gained on the answers."), "",
+        ("Answers of held-out conversations; `≤` is the one-sided 95 % bound over windows. "
+        "Kept: share of what training gained. All of it, with pictures: certificate.html beside this file."), "",
         "| file | MB | bits/weight | types inside | PPL ratio | KLD | same top | kept | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for variant, f in files.items():
-        m = measured.get(variant)
         types = ", ".join(f"{name} ×{n}" for name, n in f["types"].items())
         row = [variant, f"{f['bytes'] / 1e6:,.1f}", f"{f['bits_per_weight']:.2f}", types]
-        if m:
-            kept = m["retention"]["retention"]
-            row += [f"{m['ppl_ratio']:.4f} (≤ {m['ppl_ratio_bound']:.4f})", f"{m['kld']:.4f} (≤ {m['kld_bound']:.4f})",
-                    f"{m['same_top']:.1%}", "—" if kept is None else f"{kept:.0%}"]  # fmt: skip
-        else:
-            row += ["—"] * 4
-        gate = gates.get(variant, {"state": "not tried"})
-        row.append(
-            "pass" if gate["state"] in ("made", "stored") else "FAIL" if gate["state"] == "failed" else "—"
-        )
+        row += _numbers(measured.get(variant))
+        gate = gates.get(variant, {"state": "not tried", "error": None})
+        row.append({"made": "PASS", "stored": "PASS"}.get(gate["state"], _verdict(gate["error"])))
         lines.append("| " + " | ".join(_cell(c) for c in row) + " |")
     return [*lines, ""]
+
+
+def _numbers(found: dict[str, Any] | None) -> list[str]:
+    if not found:
+        return ["—"] * 4
+    c, kept = found["comparisons"]["domain"], (found["retention"] or {}).get("retention")
+    return [f"{c['ppl_ratio']:.4f} (≤ {c['ppl_ratio_bound']:.4f})", f"{c['kld']:.4f} (≤ {c['kld_bound']:.4f})",
+            f"{c['same_top']:.1%}", "—" if kept is None else f"{kept:.0%}"]  # fmt: skip
+
+
+def _verdict(error: str | None) -> str:
+    return "—" if error is None else "UNDECIDED" if " is UNDECIDED" in error else "FAIL"
 
 
 def _answers(steps: list[dict[str, Any]]) -> list[str]:
@@ -133,9 +211,10 @@ def _answers(steps: list[dict[str, Any]]) -> list[str]:
     shown = measured[0]
     lines = ["## Held-out questions", ""]
     for a in shown["facts"]["answers"]:
+        said = a["replies"]
         lines += [f"**{_cell(a['question'])}**", "", "| who | answer |", "|---|---|", f"| expected | {_cell(a['expected'])} |",
-                  f"| base | {_cell(a['base'])} |", f"| trained | {_cell(a['trained'])} |",
-                  f"| shipped ({shown['variant']}) | {_cell(a['shipped'])} |", ""]  # fmt: skip
+                  f"| base | {_cell(said['base'])} |", f"| trained | {_cell(said['trained'])} |",
+                  f"| shipped ({shown['variant']}) | {_cell(said['shipped'])} |", ""]  # fmt: skip
     return lines
 
 

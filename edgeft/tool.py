@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +78,65 @@ def run(
         tail = "".join(list(lines)[-15:])
         raise ToolError(f"{shlex.join(argv)} exited with {process.returncode}:\n{tail}")
     return "".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Background:
+    """A program that runs beside this one."""
+
+    argv: tuple[str, ...]
+    lines: list[str]
+    """What it has said so far, stdout and stderr together; all of it once the program has ended."""
+    process: subprocess.Popen[str]
+    reader: threading.Thread
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def failure(self, why: str) -> ToolError:
+        """An error with the command, `why`, and the last 15 lines."""
+        if not self.running:
+            self.reader.join(10)  # its last words
+        return ToolError(f"{shlex.join(self.argv)} {why}:\n{''.join(self.lines[-15:])}")
+
+
+@contextmanager
+def background(argv: list[str], *, env: Mapping[str, str] | None = None) -> Iterator[Background]:
+    """Run a command while the block lasts: at its end the program is asked to stop, and killed after 10 s.
+
+    `env` is the program's whole environment (default: this process's). It must be left in the thread that entered
+    it, since the kernel ends the program with that thread. Raises SetupError when the program does not exist.
+    """
+    log.info("+ %s &", shlex.join(argv))
+    try:
+        process = subprocess.Popen(
+            argv, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  as in run
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise SetupError(f"{argv[0]} is not installed") from None
+    lines: list[str] = []
+    reader = threading.Thread(target=_listen, args=(process, lines), daemon=True)
+    reader.start()
+    try:
+        yield Background(argv=tuple(argv), process=process, lines=lines, reader=reader)
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
+        reader.join(10)
+
+
+def _listen(process: subprocess.Popen[str], lines: list[str]) -> None:
+    assert process.stdout
+    with process.stdout as stream:
+        for line in stream:
+            lines.append(line)
+            log.debug("%s", line.rstrip())
 
 
 def die_with_parent() -> None:

@@ -21,6 +21,7 @@ from edgeft.resources import folder
 from edgeft.stage import Artifact, Job, Step
 from edgeft.stages import base, device, export_bundle, gate, quantize_gguf, serve
 from tests.fit.models import LLAMA_8B, SMOLLM2, config_file, tiny_gguf
+from tests.parity_checks import sample
 
 zstandard = pytest.importorskip("zstandard")
 
@@ -40,7 +41,13 @@ def target(name):
 @pytest.fixture
 def job(tmp_path):
     """A finished build of a tiny model, as the bundle's stage gets it."""
-    where = {name: tmp_path / "store with spaces ü" / name for name in ("base", "data", "gguf", "empty")}
+    return make_job(tmp_path)
+
+
+def make_job(tmp_path):
+    where = {
+        name: tmp_path / "store with spaces ü" / name for name in ("base", "data", "gguf", "gate", "empty")
+    }
     for path in where.values():
         path.mkdir(parents=True)
     tiny_gguf(where["gguf"] / "model.gguf")
@@ -56,6 +63,8 @@ def job(tmp_path):
     }
     (where["data"] / "card.json").write_text(json.dumps({"sources": [source]}))
     (where["data"] / "card.md").write_text("# Data\n500 questions\n")
+    document = json.dumps(sample.bare("Q8_0").as_json())
+    (where["gate"] / "certificate.json").write_text(document)
     serve_params = serve.Serve(context=512, system="Answer briefly.")
 
     def made(stage, path, facts):
@@ -71,7 +80,7 @@ def job(tmp_path):
         ),
         "data": made(SimpleNamespace(name="data"), "data", {"source": "medical.jsonl", "sha256": "ab" * 32}),
         "quantize/gguf": made(quantize_gguf.STAGE, "gguf", {"type": "Q8_0", "bytes": 1}),
-        "gate": made(gate.STAGE, "empty", {"tier": "parity"}),
+        "gate": made(gate.STAGE, "gate", {"tier": "parity"}),
     }
 
     def make(name):
@@ -123,7 +132,7 @@ def test_the_manifest_says_what_everything_is_and_where_it_came_from(job):
     assert manifest == json.loads((done.out / "manifest.json").read_text())
     assert set(manifest["files"]) == {
         "model.gguf", "settings.json", "run.sh", "Modelfile", "README.txt", "NOTICE.txt", "data-card.md", "data-card.json",
-        "notices/base/LICENSE", "notices/data/NOTICE.txt",
+        "notices/base/LICENSE", "notices/data/NOTICE.txt", "certificate.html", "certificate.json",
     }  # fmt: skip
     assert manifest["sources"]["base"]["source"].startswith("pkg 1.0")
     assert "fetch_seconds" not in manifest["sources"]["base"]
@@ -147,9 +156,21 @@ def test_what_is_unpacked_is_what_was_packed(job, tmp_path):
     assert (there / "run.sh").stat().st_mode & 0o111
     assert not (there / "model.gguf").stat().st_mode & 0o111
     assert json.loads((there / "settings.json").read_text())["system"] == "Answer briefly."
+    document = json.loads((there / "certificate.json").read_text())
+    assert document["target"]["name"] == "pi-4-4gb" and document["files"][0]["memory_mb"] > 0
+    assert document["files"][0]["sha256"] in (there / "certificate.html").read_text()
     assert 'PARAMETER stop "<|im_end|>"' in (there / "Modelfile").read_text()
     assert "apache-2.0" in (there / "NOTICE.txt").read_text()
     assert "not stated" in (there / "NOTICE.txt").read_text()  # the data of this build states no licence
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> bytes:
+    """One bundle's bytes, to be tampered with."""
+    folder = tmp_path_factory.mktemp("packed")
+    done = make_job(folder)("one")
+    export_bundle.run(done)
+    return (done.out / "bundle.tar.zst").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -167,20 +188,17 @@ def test_what_is_unpacked_is_what_was_packed(job, tmp_path):
         (lambda m: [(n, b"{" if n == "manifest.json" else c) for n, c in m], "is not JSON"),
     ],
 )
-def test_a_tampered_bundle_is_detected(job, change, sentence):
-    done = job("one")
-    export_bundle.run(done)
-    path = done.out / "bundle.tar.zst"
+def test_a_tampered_bundle_is_detected(packed, tmp_path, change, sentence):
+    path = tmp_path / "bundle.tar.zst"
+    path.write_bytes(packed)
     repacked(path, change)
     with pytest.raises(DataError, match=sentence):
         verify_bundle(path)
 
 
-def test_a_flipped_bit_and_a_cut_file_are_detected(job):
-    done = job("one")
-    export_bundle.run(done)
-    path = done.out / "bundle.tar.zst"
-    whole = path.read_bytes()
+def test_a_flipped_bit_and_a_cut_file_are_detected(packed, tmp_path):
+    path, whole = tmp_path / "bundle.tar.zst", packed
+    path.write_bytes(whole)
     verify_bundle(path)
     for position in (40, len(whole) // 2, len(whole) - 2):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])

@@ -184,7 +184,7 @@ def test_a_checkpoint_that_transformers_5_saves_converts_after_its_repair_and_no
 
     from edgeft.errors import ToolError
     from edgeft.llamacpp import convert
-    from edgeft.parity import exact
+    from edgeft.parity.checks import exact
 
     small = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
     config = {
@@ -214,7 +214,7 @@ def test_a_gemma_3_that_converts_without_a_word_into_another_model_is_found_by_i
     import transformers
 
     from edgeft.llamacpp import convert
-    from edgeft.parity import exact
+    from edgeft.parity.checks import exact
 
     config = transformers.Gemma3TextConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,

@@ -29,7 +29,7 @@ FLOORS = [
     {"__main__"},
 ]
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "gguf", "numpy", "llama_cpp", "huggingface_hub",
-         "datasketch", "safetensors", "zstandard", "jinja2"}  # fmt: skip
+         "datasketch", "safetensors", "zstandard", "jinja2", "scipy", "matplotlib"}  # fmt: skip
 PIPELINE = {"stage", "store", "plan", "build", "recipe", "stages"}
 DOMAIN = {
     "corpus",

@@ -43,12 +43,16 @@ type = "Q4_0"
 [reference]
 windows = 3
 n_ctx = 64
+general_windows = 2
 questions = 1
 answer_tokens = 8
+[verify]
+floor_windows = 1
 [gate]
 max_kld = 5
 max_ppl_ratio = 5
 min_same_top = 0
+min_retention = -5
 """
 
 
@@ -111,10 +115,30 @@ def test_training_lowers_the_held_out_loss_and_the_report_says_so(built):
 
 
 def test_files_are_measured_against_the_trained_model_and_eight_bits_lose_less_than_four(built):
-    by_bits = sorted(facts(built, "verify"), key=lambda f: f["kld"])
+    by_bits = sorted((f["comparisons"]["domain"] for f in facts(built, "verify")), key=lambda f: f["kld"])
     assert len(by_bits) == 2 and by_bits[0]["kld"] < by_bits[1]["kld"] < by_bits[1]["kld_bound"]
     types = {f["type"]: f["types"] for f in facts(built, "quantize/gguf")}
     assert "Q8_0" in types["Q8_0"] and "Q4_0" in types["Q4_0"]
+
+
+def test_both_merges_were_measured_and_the_one_into_what_was_trained_on_is_the_trained_model(built):
+    (merge,) = facts(built, "merge")
+    candidates = merge["candidates"]
+    assert candidates.keys() == {"original", "dequantized"} and merge["merge_base"] in candidates
+    assert candidates["dequantized"]["kld"] < candidates["original"]["kld"]
+
+
+def test_the_certificate_follows_the_model_from_training_to_each_file(built):
+    document = json.loads((built / "reports/tiny/certificate.json").read_text())
+    assert document["verdict"] == "PASS" and [f["name"] for f in document["files"]] == ["q8_0", "q4_0"]
+    for file in document["files"]:
+        assert [s["step"] for s in file["steps"]] == ["base", "trained", "merged", "gguf", "quantized"]
+        assert {c["step"] for c in file["checks"]} == {"text", "merged", "gguf", "quantized", "served"}
+        assert all(c["ok"] for c in file["checks"]), [c for c in file["checks"] if not c["ok"]]
+        assert file["general"]["tokens"] > 0 and file["memory_mb"] > 0
+    assert document["files"][1]["floor"] and document["merges"]["chosen"]
+    page = (built / "reports/tiny/certificate.html").read_text()
+    assert "PASS" in page and "http-equiv" in page and document["files"][0]["sha256"] in page
 
 
 def test_the_bundle_holds_the_model_and_where_everything_came_from(built):
@@ -124,7 +148,7 @@ def test_the_bundle_holds_the_model_and_where_everything_came_from(built):
     with bundle.open("rb") as f, zstandard.ZstdDecompressor().stream_reader(f) as raw, \
             tarfile.open(fileobj=raw, mode="r|") as archive:  # fmt: skip
         names = [Path(m.name).name for m in archive]
-    assert {"model.gguf", "manifest.json", "Modelfile"} <= set(names)
+    assert {"model.gguf", "manifest.json", "Modelfile", "certificate.html", "certificate.json"} <= set(names)
 
 
 def test_chat_answers_from_the_built_model(project, built):
@@ -137,10 +161,23 @@ def test_a_gate_that_is_not_met_ends_with_5_and_keeps_the_numbers(project, built
     (project / "strict.toml").write_text(RECIPE.replace("max_kld = 5", "max_kld = 1e-9"))
     done = edgeft("build", "strict.toml", cwd=project)
     assert done.returncode == 5, done.stdout + done.stderr
-    assert "KL divergence" in done.stderr and "is over the limit of 1e-09" in done.stderr
-    assert "FAIL" in (built / "reports/strict/report.md").read_text()
+    assert "KL divergence" in done.stderr and "is beyond the limit of 1.0e-09" in done.stderr
+    assert "FAIL" in done.stdout and "FAIL" in (built / "reports/strict/report.md").read_text()
+    assert "FAIL" in (built / "reports/strict/certificate.html").read_text()
     refused = edgeft("chat", "strict.toml", "Hi", cwd=project)
     assert refused.returncode == 1 and "has no finished model" in refused.stderr
+
+
+def test_a_limit_within_the_error_of_measurement_ends_with_6_and_says_what_would_decide(project, built):
+    least = min(facts(built, "verify"), key=lambda f: f["comparisons"]["domain"]["kld"])["comparisons"]
+    value = 1.005 * max(text["kld"] for text in least.values())
+    four_bits = '[[quantize]]\nkind = "gguf"\ntype = "Q4_0"\n'
+    (project / "open.toml").write_text(
+        RECIPE.replace(four_bits, "").replace("max_kld = 5", f"max_kld = {value}")
+    )
+    done = edgeft("build", "open.toml", cwd=project)
+    assert done.returncode == 6, done.stdout + done.stderr
+    assert "is UNDECIDED" in done.stderr and "more windows would decide" in done.stderr
 
 
 def test_kill_9_in_every_stage_and_the_same_command_ends_with_the_same_bytes(project, built):
@@ -219,4 +256,5 @@ def test_on_a_gpu_the_same_recipe_trains_in_nf4_with_a_paged_optimizer(project):
     train = facts(project / "gpu", "train")[0]
     assert (train["device_kind"], train["optimizer"]) == ("cuda", "paged_adamw_8bit")
     assert train["heldout_loss"] < train["heldout_loss_base"] - 0.05
-    assert all(f["kld"] < f["kld_bound"] for f in facts(project / "gpu", "verify"))
+    found = [f["comparisons"]["domain"] for f in facts(project / "gpu", "verify")]
+    assert all(f["kld"] < f["kld_bound"] for f in found)

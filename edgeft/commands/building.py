@@ -52,9 +52,15 @@ def build(recipe: Path, target: str, upto: str, store_dir: Path, *, verbose: boo
             console.err.print("stopped; the same command goes on from here")
             raise typer.Exit(130) from None
         page = report.write(result, store, name, tables[1].name if len(tables) > 1 else "")
+        certificate = report.certify(result, store, name, str(recipe))
     console.say_closing(result)
+    if certificate:
+        from edgeft.parity.page.table import table
+
+        console.out.print(table(certificate))
     if result.error:
-        console.out.print(f"report: {page}", markup=False)
+        for name in ("report.md", "certificate.html") if certificate else ("report.md",):
+            console.out.print(f"{page.with_name(name)}", markup=False, highlight=False)
         raise result.error
     _say_result(result, recipe, page)
 
@@ -158,10 +164,13 @@ def _say_result(result: BuildReport, recipe: Path, page: Path) -> None:
         for a in r.artifact.facts["answers"][:1] if r.artifact else ():
             console.out.print(f"\n[bold]Q[/bold] {escape(a['question'])}", highlight=False)
             console.out.print(
-                f"[bold]A[/bold] {escape(a['shipped'])}   [dim]({r.step.variant})[/dim]", highlight=False
+                f"[bold]A[/bold] {escape(a['replies']['shipped'])}   [dim]({r.step.variant})[/dim]",
+                highlight=False,
             )
         break
     console.out.print(f"\nreport   {page}", markup=False, highlight=False)
+    if (drawn := page.with_name("certificate.html")).is_file():
+        console.out.print(f"page     {drawn}", markup=False, highlight=False)
     for r in report.built(result, "export/bundle"):
         if r.artifact:
             console.out.print(f"bundle   {r.artifact.path / 'bundle.tar.zst'}", markup=False, highlight=False)

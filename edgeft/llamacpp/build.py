@@ -1,5 +1,7 @@
 """Compiles the pinned llama.cpp once a machine, part by part in one build tree, and knows whether it is intact.
 
+A part with settings of its own (other kernels, another processor) has a build tree of its own.
+
 A part counts as built when its marker is there. The marker is written last, by rename, and holds the sha256 of
 every file of the part; a file that no longer agrees with it is refused.
 """
@@ -55,10 +57,10 @@ class Part:
         Raises SetupError when it is not built and this machine cannot build it.
         """
         if not built(self.part):
-            _compiler()
+            _compiler(self.part)
             _program("cmake")
             _program("ninja")
-        return os.fspath(binaries() / load().parts[self.part].files[0])
+        return os.fspath(_folder(self.part) / load().parts[self.part].files[0])
 
 
 LIBRARY = Part(part="library")
@@ -68,6 +70,10 @@ CONVERTER = LIBRARY
 SERVER = Part(part="server")
 PERPLEXITY = Part(part="perplexity")
 """llama.cpp's own llama-perplexity, llama-imatrix and llama-quantize, to check ours against."""
+PORTABLE = Part(part="portable")
+"""ggml's processor kernels without this processor's instructions: other sums, other roundings, same model."""
+PERPLEXITY_A76 = Part(part="perplexity-a76")
+"""llama-perplexity as one static file for aarch64 boards from the Raspberry Pi 5 on, cross-compiled."""
 
 
 def ensure(part: str = "library") -> Path:
@@ -77,17 +83,18 @@ def ensure(part: str = "library") -> Path:
     not what was built.
     """
     if built(part):
-        return binaries()
+        return _folder(part)
     llama_cpp_tree()  # fetched before the lock below is taken: it takes the same one
     with locked():
         if not built(part):
-            intact = [other for other in load().parts if built(other)]
+            beside = [other for other in load().parts if _folder(other) == _folder(part)]
+            intact = [other for other in beside if built(other)]
             _compile(part)
-            if part == "library" or "library" not in intact:
+            if "library" in beside and "library" not in intact:
                 _identify(load())
             for name in (*intact, part):
                 _mark(name)
-    return binaries()
+    return _folder(part)
 
 
 def built(part: str) -> bool:
@@ -99,7 +106,7 @@ def built(part: str) -> bool:
     if set(files) != set(load().parts[part].files):
         return False
     for name, noted in files.items():
-        path = binaries() / name
+        path = _folder(part) / name
         if not path.is_file():
             return False
         stat = path.stat()
@@ -107,7 +114,7 @@ def built(part: str) -> bool:
             raise ToolError(
                 f"{path} is not the file that was built here: its sha256 is {_sha256(path)}, "
                 f"noted is {noted['sha256']}",
-                hint=f"delete {binaries().parent}; the next build compiles it again",
+                hint=f"delete {path.parent.parent}; the next build compiles it again",
             )
     return True
 
@@ -117,9 +124,17 @@ def binaries() -> Path:
     return home() / f"build-{platform.machine()}-{_processor()}" / "bin"
 
 
+def _folder(part: str) -> Path:
+    """Where a part's files are: with all others, or in the tree of its own settings."""
+    if not (own := load().parts[part].cmake):
+        return binaries()
+    settings = hashlib.sha256(json.dumps(sorted(own.items())).encode()).hexdigest()[:8]
+    return home() / f"build-{part}-{platform.machine()}-{settings}" / "bin"
+
+
 def _compile(part: str) -> None:
-    pin, tree = load(), binaries().parent
-    _compiler()
+    pin, tree = load(), _folder(part).parent
+    _compiler(part)
     ninja = _program("ninja")
     tree.mkdir(parents=True, exist_ok=True)
     ggml = tree / "optimize-ggml.cmake"
@@ -130,6 +145,7 @@ def _compile(part: str) -> None:
     progress.report("configure llama.cpp")
     settings = {
         **pin.cmake,
+        **pin.parts[part].cmake,
         "LLAMA_BUILD_COMMIT": pin.commit,
         "CMAKE_PROJECT_ggml_INCLUDE": os.fspath(ggml),
         "CMAKE_MAKE_PROGRAM": ninja,
@@ -172,7 +188,7 @@ def _identify(pin: Pin) -> None:
 def _mark(part: str) -> None:
     files: dict[str, Any] = {}
     for name in load().parts[part].files:
-        path = binaries() / name
+        path = _folder(part) / name
         if not path.is_file():
             raise ToolError(f"compiling llama.cpp's {part} succeeded but made no {name}")
         stat = path.stat()
@@ -186,7 +202,7 @@ def _mark(part: str) -> None:
 
 
 def _marker(part: str) -> Path:
-    return binaries().parent / f"{part}.built.json"
+    return _folder(part).parent / f"{part}.built.json"
 
 
 def _sha256(path: Path) -> str:
@@ -215,7 +231,15 @@ def _program(name: str) -> str:
     )
 
 
-def _compiler() -> str:
+def _compiler(part: str) -> str:
+    if cross := load().parts[part].cmake.get("CMAKE_CXX_COMPILER"):
+        if found := shutil.which(cross):
+            return found
+        kind, _, program = cross.rpartition("-")  # Debian's packages are named the other way round
+        raise SetupError(
+            f"{cross} is not installed, so llama.cpp's {part} cannot be compiled",
+            hint=f"sudo apt install {program}-{kind}",
+        )
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name.split()[0])):
             return found

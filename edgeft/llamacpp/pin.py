@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from edgeft.resources import folder
@@ -20,6 +20,8 @@ class Targets:
     """What ninja is asked for."""
     files: tuple[str, ...]
     """What must then be in bin/."""
+    cmake: Mapping[str, str] = field(default_factory=dict)
+    """What differs from the pin's settings; a part with any is compiled in a tree of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ def load() -> Pin:
     """The pin that ships with this edgeft."""
     table = tomllib.loads((folder("vendor") / "llama.cpp.toml").read_text(encoding="utf-8"))
     parts = {
-        name: Targets(targets=tuple(part["targets"]), files=tuple(part["files"]))
+        name: Targets(targets=tuple(part["targets"]), files=tuple(part["files"]), cmake=part.get("cmake", {}))
         for name, part in table.pop("parts").items()
     }
     return Pin(parts=parts, optimize_ggml=table.pop("optimize")["ggml"], **table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ class Pair:
     b: torch.Tensor
     """(out, rank), float32."""
     scale: float
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change, from rank x rank products: |BA|^2 = trace((B^T B)(A A^T))."""
+        a, b = self.a.double(), self.b.double()
+        return abs(self.scale) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
 def read(folder: Path) -> list[Pair]:

@@ -72,6 +72,22 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
+def read_checkpoint(folder: Path) -> tuple[dict[str, Entry], dict[Path, dict[str, str]]]:
+    """The tensors of all files of a checkpoint, and each file's metadata. Raises StageError without a file, or when a
+    tensor stands in two of them."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StageError(f"{folder.name} holds no *.safetensors file to merge into")
+    entries: dict[str, Entry] = {}
+    metadata = {}
+    for file in files:
+        found, metadata[file] = read_header(file)
+        if twice := entries.keys() & found.keys():
+            raise StageError(f"tensor {min(twice)} stands in two files of the base")
+        entries |= found
+    return entries, metadata
+
+
 def pieces(entry: Entry) -> Iterator[bytes]:
     """A tensor's bytes in CHUNKs."""
     with entry.file.open("rb") as f:

@@ -1,17 +1,24 @@
 """Paired comparison of two models on the same tokens, with bounds that respect the windows they came in.
 
 Errors of neighbouring tokens are correlated, so the bounds come from a bootstrap that resamples whole windows
-(a block bootstrap), never single tokens.
+(a block bootstrap), never single tokens. With few windows a percentile interval is too narrow; its level is widened
+as T. Hesterberg proposes ("What Teachers Should Know About the Bootstrap", 2015, section 4.3: expanded percentile).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from edgeft.llamacpp.score import Scores
 
     Array = NDArray[np.float64]
 
@@ -21,62 +28,91 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A shipped file against its reference on the same scored tokens.
+    """A model against its reference on the same counted tokens.
 
-    Each `..._bound` is the one-sided 95 % bound on the bad side: of what the number might really be, with the windows
-    seen, only 5 % is worse.
+    `..._bound` is the one-sided 95 % bound on the bad side: of what the number might really be, with the windows seen,
+    only 5 % is worse. `..._low` and `..._high` are the same on the good side.
     """
 
     tokens: int
     windows: int
+    """Windows with at least one counted token: what the bootstrap draws from."""
     ppl_reference: float
     ppl: float
     ppl_ratio: float
+    ppl_ratio_low: float
     ppl_ratio_bound: float
     kld: float
-    """Mean KL divergence KL(reference || shipped) in nats per token."""
+    """Mean KL divergence KL(reference || model) in nats per token."""
+    kld_low: float
     kld_bound: float
     kld_median: float
     kld_p99: float
+    kld_p999: float
     same_top: float
     """Share of tokens whose most probable next token is the same."""
+    same_top_high: float
     same_top_bound: float
     rms_dp: float
     """Root mean square of the change of the true token's probability."""
+    right_to_wrong: float
+    """Share of tokens that the reference predicts right (most probable) and the model does not: half of the flips."""
+    wrong_to_right: float
+    mcnemar_p: float
+    """Two-sided exact McNemar test on the flips: below 0.05 they lean to one side."""
+    entropy_reference: float
+    """Mean entropy of the next-token distribution, nats."""
+    entropy: float
+
+    @property
+    def flips(self) -> float:
+        """Share of tokens whose prediction turned from right to wrong or back (arXiv 2407.09141)."""
+        return self.right_to_wrong + self.wrong_to_right
 
     def facts(self) -> dict[str, Any]:
         """All numbers by name, ready for JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Self:
+        """The comparison that `facts()` described."""
+        return cls(**{f.name: facts[f.name] for f in fields(cls)})
 
 
-def compare(nll_reference: Array, nll: Array, kld: Array, same_top: NDArray[np.bool_]) -> Comparison:
-    """Summarise per-token measurements, all of shape [windows, scored tokens].
+def compare(scores: Scores, counted: NDArray[np.bool_], *, nll_reference: Array | None = None) -> Comparison:
+    """Summarise per-token measurements over the tokens where `counted` [windows, scored] is true.
 
-    `nll` are negative log-likelihoods of the true tokens in nats. Raises ValueError for empty or unequal arrays.
+    `nll_reference` replaces the reference's own negative log-likelihoods, which a base file holds in 16 bits, by exact
+    ones. Raises ValueError when nothing is counted or the shapes differ.
     """
     import numpy as np
 
-    if nll.size == 0 or not (nll_reference.shape == nll.shape == kld.shape == same_top.shape):
-        raise ValueError(f"nothing to compare: shapes {nll_reference.shape}, {nll.shape}, {kld.shape}")
-    ratio = resampled_means(nll - nll_reference)
-    klds = resampled_means(kld)
-    tops = resampled_means(same_top.astype(np.float64))
-    dp = np.exp(-nll) - np.exp(-nll_reference)
+    reference = scores.nll_base if nll_reference is None else nll_reference
+    if not (reference.shape == scores.kld.shape == counted.shape) or not counted.any():
+        raise ValueError(f"nothing to compare: shapes {reference.shape}, {scores.kld.shape}, {counted.shape}")
+    difference = scores.nll - reference
+    ratio = interval(difference, counted)
+    kld = interval(scores.kld, counted)
+    top = interval(scores.same_top.astype(np.float64), counted)
+    klds = scores.kld[counted]
+    dp = np.exp(-scores.nll[counted]) - np.exp(-reference[counted])
+    lost = int((scores.right_base & ~scores.right)[counted].sum())
+    won = int((~scores.right_base & scores.right)[counted].sum())
     return Comparison(
-        tokens=nll.size,
-        windows=nll.shape[0],
-        ppl_reference=float(np.exp(nll_reference.mean())),
-        ppl=float(np.exp(nll.mean())),
-        ppl_ratio=float(np.exp((nll - nll_reference).mean())),
-        ppl_ratio_bound=float(np.exp(np.quantile(ratio, LEVEL))),
-        kld=float(kld.mean()),
-        kld_bound=float(np.quantile(klds, LEVEL)),
-        kld_median=float(np.median(kld)),
-        kld_p99=float(np.quantile(kld, 0.99)),
-        same_top=float(same_top.mean()),
-        same_top_bound=float(np.quantile(tops, 1 - LEVEL)),
+        tokens=int(counted.sum()),
+        windows=int(counted.any(axis=1).sum()),
+        ppl_reference=float(np.exp(reference[counted].mean())),
+        ppl=float(np.exp(scores.nll[counted].mean())),
+        ppl_ratio=math.exp(ratio.mean), ppl_ratio_low=math.exp(ratio.low), ppl_ratio_bound=math.exp(ratio.high),
+        kld=kld.mean, kld_low=kld.low, kld_bound=kld.high,
+        kld_median=float(np.median(klds)), kld_p99=float(np.quantile(klds, 0.99)),
+        kld_p999=float(np.quantile(klds, 0.999)),
+        same_top=top.mean, same_top_high=top.high, same_top_bound=top.low,
         rms_dp=float(np.sqrt((dp**2).mean())),
-    )
+        right_to_wrong=lost / klds.size, wrong_to_right=won / klds.size, mcnemar_p=_mcnemar(lost, won),
+        entropy_reference=float(scores.entropy_base[counted].mean()),
+        entropy=float(scores.entropy[counted].mean()),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,48 +126,114 @@ class Retention:
     """None when training gained nothing that is clearly above zero: then the ratio means nothing."""
     retention_bound: float | None
     """One-sided 95 % lower bound."""
+    retention_high: float | None
+    """One-sided 95 % upper bound."""
+    windows: int
 
     def facts(self) -> dict[str, Any]:
         """All numbers by name, ready for JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Self:
+        """The retention that `facts()` described."""
+        return cls(**{f.name: facts[f.name] for f in fields(cls)})
 
 
-def retention(base: Array, trained: Array, shipped: Array, answers: NDArray[np.bool_]) -> Retention:
-    """Adaptation retention on the tokens where `answers` is true; all arrays are [windows, scored tokens] in nats.
+def retention(base: Array, trained: Array, shipped: Array, counted: NDArray[np.bool_]) -> Retention:
+    """Adaptation retention on the tokens where `counted` is true; all arrays are [windows, scored] in nats.
 
-    Windows without an answer token count for nothing. The three losses are resampled together.
+    Windows without such a token count for nothing. The three losses are resampled together.
     """
     import numpy as np
 
-    used = answers.any(axis=1)
-    weights = answers[used].astype(np.float64)
-    sums = [(a[used] * weights).sum(axis=1) for a in (base, trained, shipped)]
-    count = weights.sum(axis=1)
-    if not len(count):
-        return Retention(
-            loss_base=0.0, loss_trained=0.0, loss_shipped=0.0, retention=None, retention_bound=None
+    if not counted.any():
+        raise ValueError("no token is counted")
+    lb, lt, ls = (float(x[counted].mean()) for x in (base, trained, shipped))
+    gain = interval(base - trained, counted)
+    kept: tuple[float | None, float | None, float | None] = (None, None, None)
+    windows = int(counted.any(axis=1).sum())
+    if gain.low > 0:
+        b, t, s = (resampled(x, counted) for x in (base, trained, shipped))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = (b - s) / (b - t)
+        level = _level(windows)
+        kept = (
+            (lb - ls) / (lb - lt),
+            float(np.quantile(ratios, 1 - level)),
+            float(np.quantile(ratios, level)),
         )
-    picks = _picks(len(count))
-    b, t, s = (x[picks].sum(axis=1) / count[picks].sum(axis=1) for x in sums)
-    gain_is_clear = float(np.quantile(b - t, 1 - LEVEL)) > 0
-    lb, lt, ls = (float(x.sum() / count.sum()) for x in sums)
     return Retention(
-        loss_base=lb,
-        loss_trained=lt,
-        loss_shipped=ls,
-        retention=(lb - ls) / (lb - lt) if gain_is_clear else None,
-        retention_bound=float(np.quantile((b - s) / (b - t), 1 - LEVEL)) if gain_is_clear else None,
+        loss_base=lb, loss_trained=lt, loss_shipped=ls, retention=kept[0], retention_bound=kept[1],
+        retention_high=kept[2], windows=windows,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its two one-sided 95 % bounds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Array, counted: NDArray[np.bool_]) -> Interval:
+    """The mean of `values` over the counted tokens, with bounds from resampled windows."""
+    import numpy as np
+
+    means = resampled(values, counted)
+    level = _level(int(counted.any(axis=1).sum()))
+    return Interval(
+        mean=float(values[counted].mean()),
+        low=float(np.quantile(means, 1 - level)),
+        high=float(np.quantile(means, level)),
     )
 
 
-def resampled_means(values: Array) -> Array:
-    """Means of `values` [windows, tokens] over `RESAMPLES` draws of windows with replacement; fixed seed."""
-    per_window = values.mean(axis=1)
-    means: Array = per_window[_picks(len(per_window))].mean(axis=1)
+def resampled(values: Array, counted: NDArray[np.bool_]) -> Array:
+    """Means of `values` [windows, scored] over `RESAMPLES` draws of windows with replacement; fixed seed."""
+    import numpy as np
+
+    used = counted.any(axis=1)
+    sums = np.where(counted, values, 0.0)[used].sum(axis=1)
+    counts = counted[used].sum(axis=1).astype(np.float64)
+    picks = _picks(len(counts))
+    means: Array = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
     return means
+
+
+def more_windows(windows: int, estimate: float, bound: float, limit: float) -> int | None:
+    """How many windows more would bring `bound` to `limit`, if the estimate stays: errors shrink with sqrt(n).
+
+    None when it would take more than 10 000: the number is as close to the limit as can be measured.
+    """
+    width, room = abs(bound - estimate), abs(limit - estimate)
+    if room == 0 or width / room > 100:
+        return None
+    needed = math.ceil(windows * (width / room) ** 2)
+    return max(1, needed - windows) if needed <= 10_000 else None
+
+
+@cache
+def _level(windows: int) -> float:
+    """The percentile to take for a one-sided bound at LEVEL: Phi(sqrt(n / (n - 1)) * t_{n-1}(LEVEL))."""
+    from scipy.stats import t
+
+    if windows < 2:
+        return 1.0
+    widened = math.sqrt(windows / (windows - 1)) * float(t.ppf(LEVEL, windows - 1))
+    return NormalDist().cdf(widened)
 
 
 def _picks(n: int) -> NDArray[np.int64]:
     import numpy as np
 
     return np.random.default_rng(20261121).integers(0, n, size=(RESAMPLES, n))
+
+
+def _mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided McNemar test: under the null hypothesis each flip goes either way with 1/2."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

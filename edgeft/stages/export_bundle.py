@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(job: Job[Bundle]) -> Facts:
     )
     header = gguf_header.read(gguf, arrays=("tokenizer.ggml.tokens",))
     settings = _settings(device, serve, str(header.keys.get("general.name", "")))
-    need, rate = _predicted(from_gguf(gguf), label, device, serve)
+    need, rate = predicted(gguf, label, device, serve)
     pin = _llama_cpp()
     base, data = inputs["base"], inputs["data"]
     contents: dict[str, bundle.Content] = {
@@ -48,6 +49,7 @@ def run(job: Job[Bundle]) -> Facts:
         "settings.json": settings.as_json(),
         "run.sh": bundle.run_script(settings, llama_cpp=pin["commit"]),
         "Modelfile": bundle.modelfile(settings, _stop(header.keys)),
+        **_certificate(inputs["gate"], device, need["total"]),
         "NOTICE.txt": papers.notice(base.facts, data.facts),
         **papers.data_card(data.path),
         **papers.notices(base.path, "notices/base"),
@@ -106,6 +108,23 @@ def _known(step: Step, artifacts: Mapping[str, Artifact]) -> tuple[ModelShape, s
     return shape, quantize.params.type, serve.params.serving(), device.params.board()
 
 
+def _certificate(gate: Artifact, device: Facts, memory_mb: float) -> dict[str, bundle.Content]:
+    """The gate's certificate for this target, as page and as data."""
+    from edgeft.parity import certificate, page
+
+    found = certificate.load(json.loads((gate.path / "certificate.json").read_text(encoding="utf-8")))
+    files = [replace(file, memory_mb=memory_mb) for file in found.files]
+    found = replace(found, files=files, target=target(device))
+    text = json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
+    return {"certificate.json": text.encode(), "certificate.html": page.render(found).encode()}
+
+
+def target(device: Facts) -> Facts:
+    """What the certificate says of a device: its name and what it leaves for a model, in MB."""
+    board = Board(**{key: device[key] for key in Board.__dataclass_fields__})
+    return {"name": board.name, "memory_mb": board.available_mb}
+
+
 def _settings(device: Facts, serve: Facts, name: str) -> bundle.Settings:
     wanted = set(bundle.Settings.__dataclass_fields__)
     given = {key: value for key, value in serve.items() if key in wanted}
@@ -114,7 +133,9 @@ def _settings(device: Facts, serve: Facts, name: str) -> bundle.Settings:
     )
 
 
-def _predicted(shape: ModelShape, label: str, device: Facts, serve: Facts) -> tuple[dict[str, float], str]:
+def predicted(gguf: Path, label: str, device: Facts, serve: Facts) -> tuple[dict[str, float], str]:
+    """Memory in MB, by part and in total, and the decoding speed in words, of a file on a device."""
+    shape = from_gguf(gguf)
     board = Board(**{key: device[key] for key in Board.__dataclass_fields__})
     serving = Serving(**{key: serve[key] for key in Serving.__dataclass_fields__})
     need = memory.predict(shape, label, serving, board)
@@ -175,5 +196,5 @@ def _stable(facts: Facts) -> Facts:
 STAGE = Stage(
     name="export", kind="bundle", params=Bundle, run=run, per_target=True, extra="train",
     needs=("device", "serve", "base", "data", "quantize/gguf", "gate"), makes=(FILE, "manifest.json"),
-    check=check, estimate=estimates.bundle,
+    check=check, estimate=estimates.bundle, version=2,
 )  # fmt: skip

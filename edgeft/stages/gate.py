@@ -1,14 +1,15 @@
-"""Refuse a file whose measured drift is over the recipe's limit."""
+"""Refuse a file whose measured drift is over the recipe's limit, or of which it cannot be told yet."""
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import Field
 
-from edgeft.errors import ParityError
-from edgeft.parity.gates import Limits, best_tier, violations
-from edgeft.parity.statistics import Comparison
+from edgeft.errors import EdgeftError, ParityError, UndecidedError
+from edgeft.parity.certificate import File
+from edgeft.parity.gates import Limits
 from edgeft.stage import Facts, Job, Params, Stage
 
 
@@ -21,22 +22,60 @@ class Gate(Params):
     """Perplexity of the file over perplexity of the trained model."""
     min_same_top: float | None = Field(None, ge=0, le=1)
     """Share of tokens with the same most probable next token."""
+    min_retention: float | None = Field(None, ge=-10, le=2)
+    """Share of what training gained on held-out answers that the file must keep."""
+
+    def limits(self) -> Limits:
+        """The same, as the parity package takes them."""
+        return Limits.of(**self.model_dump())
 
 
 def run(job: Job[Gate]) -> Facts:
-    p, facts = job.params, job.inputs["verify"].facts
-    found = Comparison(**{name: facts[name] for name in Comparison.__dataclass_fields__})
-    limits = Limits.of(p.tier, p.max_kld, p.max_ppl_ratio, p.min_same_top)
-    if broken := violations(found, limits):
-        tier = best_tier(found)
-        raise ParityError(
-            "the file strayed too far from the trained model: " + "; ".join(broken),
-            hint="quantize with more bits"
-            + (f", or accept it knowingly: [gate] tier = {tier!r}" if tier else ""),
+    from edgeft.parity import collected
+
+    file = collected.file(job.inputs, job.params.limits())
+    if file.verdict != "PASS":
+        raise refusal(file)
+    # Without a date: the same build gives the same bytes. The exporter adds the target.
+    found = collected.certificate(
+        [file], job.inputs, name=file.title, command="edgeft build", target={}, when="", versions={},
+        keys={name: a.key for name, a in sorted(job.inputs.items())},
+    )  # fmt: skip
+    text = json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
+    (job.out / "certificate.json").write_text(text, encoding="utf-8")
+    reached = f"; reaches tier {file.tier}" if file.tier not in ("", job.params.tier) else ""
+    return {
+        "summary": f"PASS: every 95 % bound is within the limits ({job.params.tier}){reached}",
+        "verdict": file.verdict, "tier": file.tier, "limits": file.limits.facts(),
+    }  # fmt: skip
+
+
+def refusal(file: File) -> EdgeftError:
+    """The error that says why a file did not pass."""
+    why = "; ".join(file.because)
+    if file.verdict == "UNDECIDED":
+        more = file.more_windows
+        return UndecidedError(
+            f"{file.title} is UNDECIDED: {why}",
+            hint=f"about {more} more windows would decide: [reference] windows, and rows held out for them: [data] holdout"
+            if more
+            else "the number is as close to its limit as can be measured: choose another limit in [gate], or more bits",
         )
-    tier = best_tier(found)
-    return {"summary": f"within the limits ({p.tier})" + (f"; reaches tier {tier}" if tier else ""), "tier": tier,
-            "limits": {name: getattr(limits, name) for name in limits.__dataclass_fields__}}  # fmt: skip
+    at_fault = f" The step at fault is {file.culprit!r}." if file.culprit else ""
+    return ParityError(f"{file.title} FAILED: {why}.{at_fault}", hint=_way_out(file))
 
 
-STAGE = Stage(name="gate", params=Gate, run=run, needs=("verify",))
+def _way_out(file: File) -> str:
+    """What to do about a file that failed."""
+    if any(c.ok is False for c in file.checks):
+        return "nothing was shipped: see the certificate"
+    accept = f", or accept it knowingly: [gate] tier = {file.tier!r}" if file.tier else ""
+    if file.culprit == "merged":
+        return f'[merge] base = "dequantized" ships the model that was trained, or train with method = "lora"{accept}'
+    return f"quantize with more bits{accept}"
+
+
+STAGE = Stage(
+    name="gate", params=Gate, run=run, needs=("reference", "merge", "gguf", "quantize/gguf", "verify"), extra="train",
+    makes=("certificate.json",), version=2,
+)  # fmt: skip

@@ -26,7 +26,7 @@ def run(job: Job[Preflight]) -> Facts:
     llamacpp.ensure("library")
     from edgeft.checkpoint.truncate import WHOLE_BELOW, truncated
     from edgeft.llamacpp import convert
-    from edgeft.parity import exact
+    from edgeft.parity.checks import exact
 
     base = job.inputs["base"]
     folder, gguf = base.path / "model", job.out / "base.gguf"

@@ -69,13 +69,14 @@ def test_a_model_does_not_differ_from_itself_and_another_one_does(base_file, tin
     for name, path in (("same", tiny(256)), ("q8", tmp_path / "q8.gguf"), ("q2", tmp_path / "q2.gguf")):
         with decode.Decoder(path, n_ctx=N_CTX, threads=1) as decoder:
             found[name] = score.compare(base_file, decoder)
-    assert found["same"].kld.shape == (45,)
+    assert found["same"].kld.shape == (3, 15)
     assert found["same"].same_top.all()
     assert abs(found["same"].kld.mean()) < 1e-4
     assert found["same"].kld.mean() < found["q8"].kld.mean() < found["q2"].kld.mean()
     assert found["q2"].kld.mean() > 0.01
     assert found["same"].summary()["ppl_ratio"] == pytest.approx(1, abs=1e-3)
-    assert found["q2"].window.tolist() == [0] * 15 + [1] * 15 + [2] * 15
+    assert found["q2"].target.tolist() == [chunk[17:] for chunk in chunks]
+    assert (found["q2"].entropy > 0).all()
 
 
 def test_logits_are_compared_at_full_precision_without_a_file():
@@ -85,9 +86,25 @@ def test_logits_are_compared_at_full_precision_without_a_file():
     p, q = (
         np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(-1, keepdims=True) for x in (a, b)
     )
-    assert np.allclose(found.kld, (p * np.log(p / q)).sum(-1), atol=1e-6)
-    assert np.allclose(found.nll, -np.log(q[range(6), range(6)]), atol=1e-6)
+    assert np.allclose(found.kld[0], (p * np.log(p / q)).sum(-1), atol=1e-6)
+    assert np.allclose(found.nll[0], -np.log(q[range(6), range(6)]), atol=1e-6)
+    assert np.allclose(found.entropy_base[0], -(p * np.log(p)).sum(-1), atol=1e-6)
     assert score.compare_logits(a, a, [0] * 6).kld.max() == 0
+
+
+def test_a_model_with_another_vocabulary_is_refused(base_file):
+    with pytest.raises(
+        DataError, match="holds 15 x 49152 log-probabilities a window; this model gave 15 x 7"
+    ):
+        score.compare(base_file, lambda window: np.zeros((15, 7), np.float32))
+
+
+def test_scores_survive_their_file(base_file, tiny, tmp_path):
+    with decode.Decoder(tiny(256), n_ctx=N_CTX, threads=1) as decoder:
+        found = score.compare(base_file, decoder)
+    np.savez(tmp_path / "s.npz", **found.arrays("domain_"))
+    again = score.Scores.of(dict(np.load(tmp_path / "s.npz")), "domain_")
+    assert np.array_equal(again.kld, found.kld) and np.array_equal(again.top, found.top)
 
 
 def test_a_base_file_that_is_cut_off_or_of_another_kind_is_refused(base_file, tmp_path):

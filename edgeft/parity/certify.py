@@ -1,0 +1,187 @@
+"""Certifies a file against a reference, neither of which edgeft need have made.
+
+The chain is reference → what is given in between → shipped file. Everything is compared with the reference's
+log-probabilities, which lie in a file on the disk while the certificate is made.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import edgeft
+from edgeft import progress
+from edgeft.errors import DataError
+from edgeft.llamacpp import header, tensor_types
+from edgeft.llamacpp.score import Scores
+from edgeft.parity import collected, evidence, reference
+from edgeft.parity.certificate import Certificate, File, overall
+from edgeft.parity.checks.check import Check
+from edgeft.parity.gates import Limits
+from edgeft.parity.opening import Opened, is_gguf, name_of, opened
+from edgeft.parity.questions import Prompt, Sample, sample
+from edgeft.parity.speakers import Reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be certified, and on what."""
+
+    reference: Path
+    """A checkpoint folder or a GGUF file: the model that the shipped one should be. With `adapter`, its base."""
+    shipped: Path
+    """A GGUF file."""
+    via: tuple[Path, ...] = ()
+    """Models on the way, in order: a merged checkpoint, a 16-bit GGUF. Each is measured, so that a loss gets a name."""
+    adapter: Path | None = None
+    """A PEFT folder to attach to the reference."""
+    method: Literal["lora", "qlora"] = "lora"
+    """How the adapter's base is held: "qlora" in NF4, as in training."""
+    base: Path | None = None
+    """The model before training, as a checkpoint or GGUF: what the gain is measured from. An adapter brings its own."""
+    text: Path | None = None
+    """Domain text: conversations (JSON, JSONL, CSV, Parquet), of which the answers count, or a .txt file."""
+    general: Path | None = None
+    """General text; edgeft's own without it."""
+    calibration: Path | None = None
+    """What the quantizer's importance matrix was computed on. Refused when it shares its text with the test."""
+    windows: int = 32
+    general_windows: int = 16
+    n_ctx: int = 512
+    questions: int = 6
+    answer_tokens: int = 96
+    floor_windows: int = 2
+    seed: int = 0
+    """Which part of the texts is taken, when there is more than needed."""
+    command: str = ""
+    """How to make it again."""
+
+
+def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
+    """Measure, check and judge. `folder` takes the reference's log-probabilities, `domain.kld` and `general.kld`.
+
+    Raises DataError for models or texts that cannot be read or compared, ParityError when the calibration text is the
+    test text.
+    """
+    from edgeft.parity.checks import exactness
+
+    if not is_gguf(request.shipped):
+        raise DataError(
+            f"{request.shipped} is a checkpoint; a certificate is about the GGUF file that ships",
+            hint="name the checkpoint as reference, or with --via, and the .gguf file last",
+        )
+    n_ctx = max(request.n_ctx, 1024)
+    with opened(request.reference, n_ctx=n_ctx, adapter=request.adapter, method=request.method) as first:
+        taken = sample(request, first)
+        said, replies = _reference(request, first, taken, folder)
+    said = replace(said, base=_base(request, said, n_ctx)) if request.base and said.base is None else said
+    chain = []
+    for path in request.via:
+        with opened(path, n_ctx=n_ctx) as model:
+            scores = evidence.measure(model.speaker, said, folder, ("domain",))
+        chain.append(("gguf" if is_gguf(path) else "merged", path.name, scores["domain"]))
+    with opened(request.shipped, n_ctx=n_ctx) as model:
+        scores = evidence.measure(model.speaker, said, folder)
+        words = evidence.worst(said, scores, model.speaker.decoder.detokenize)  # type: ignore[attr-defined]
+        replies["shipped"] = evidence.ask(
+            model.speaker, [p.ids for p in taken.prompts], request.answer_tokens
+        )
+    chain.append(("quantized", request.shipped.name, scores["domain"]))
+    manners = [evidence.manners(who, given) for who, given in replies.items()]
+    by_model = {m.model: m for m in manners}
+    checks = [*taken.checks, *exactness.checks(request, taken.plain),
+              *evidence.behaviour(by_model["trained"], by_model["shipped"])]  # fmt: skip
+    file = _file(request, said, chain, scores, checks, limits)
+    file = replace(
+        file, worst=words, manners=manners, answers=_answers(taken.prompts, replies), notes=taken.notes,
+        floor=_floor(request, said),
+    )  # fmt: skip
+    comparisons, kept = said.compare(scores), said.retention(scores["domain"])
+    file = evidence.judged(file, comparisons, kept, limits)
+    return Certificate(
+        name=name_of(request.shipped), verdict=overall([file]), command=request.command, edgeft=edgeft.__version__,
+        made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), machine=collected.machine(),
+        reference=first.title, target={}, texts=[t.facts() for t in said.texts.values()], files=[file], merges={},
+        provenance=_provenance(request),
+    )  # fmt: skip
+
+
+def _reference(
+    request: Request, first: Opened, taken: Sample, folder: Path
+) -> tuple[evidence.Reference, dict[str, list[Reply]]]:
+    prompts = [p.ids for p in taken.prompts]
+    nll = {
+        name: reference.write(first.speaker, text, folder / f"{name}.kld")
+        for name, text in taken.texts.items()
+    }
+    replies = {"trained": evidence.ask(first.speaker, prompts, request.answer_tokens)}
+    before = None
+    if first.without_adapter:
+        with first.without_adapter():
+            before = reference.losses(first.speaker, taken.texts["domain"], doing="score the base")
+            replies = {"base": evidence.ask(first.speaker, prompts, request.answer_tokens), **replies}
+    return evidence.Reference(texts=taken.texts, nll=nll, base=before), replies
+
+
+def _base(request: Request, said: evidence.Reference, n_ctx: int) -> Any:
+    """What the model before training loses on the domain text."""
+    assert request.base
+    with opened(request.base, n_ctx=n_ctx) as model:
+        return reference.losses(model.speaker, said.texts["domain"], doing="score the base")
+
+
+def _file(
+    request: Request, said: evidence.Reference, chain: Sequence[tuple[str, str, Scores]],
+    scores: Mapping[str, Scores], checks: list[Check], limits: Limits,
+) -> File:  # fmt: skip
+    comparisons = said.compare(scores)
+    found = tensor_types.types_in(request.shipped)
+    return File(
+        name=request.shipped.name, title=request.shipped.stem, sha256=_sha256(request.shipped),
+        bytes=found.file_bytes, bits_per_weight=found.bits_per_weight, types=dict(found.counts), memory_mb=None,
+        verdict="UNDECIDED", because=[], culprit="", more_windows=None, tier="", limits=limits,
+        domain=comparisons["domain"], general=comparisons.get("general"), retention=said.retention(scores["domain"]),
+        findings=[], checks=checks, steps=evidence.step_costs(said, chain, trained="the reference"),
+        bins=evidence.bins(said, scores), worst=[], answers=[], manners=[], floor=None,
+    )  # fmt: skip
+
+
+def _answers(prompts: Sequence[Prompt], replies: Mapping[str, Sequence[Reply]]) -> list[Any]:
+    return [
+        evidence.answer(p.question, p.expected, {who: given[i] for who, given in replies.items()})
+        for i, p in enumerate(prompts)
+    ]
+
+
+def _floor(request: Request, said: evidence.Reference) -> dict[str, Any] | None:
+    from edgeft.llamacpp import kernels
+
+    if not request.floor_windows:
+        return None
+    progress.report("measure the kernels' noise")
+    return kernels.floor(request.shipped, said.texts["domain"].ids[: request.floor_windows]).facts()
+
+
+def _provenance(request: Request) -> dict[str, str]:
+    """Hashes of everything that was read, and the versions that computed it."""
+    import importlib.metadata as packages
+
+    files = {
+        "reference": request.reference, "adapter": request.adapter, "base": request.base, "text": request.text,
+        "general text": request.general, "calibration": request.calibration, "shipped": request.shipped,
+        **{f"via {p.name}": p for p in request.via},
+    }  # fmt: skip
+    versions = {name: packages.version(name) for name in ("torch", "transformers", "numpy")}
+    hashes = {name: f"{path.name}, sha256 {_sha256(path)}" for name, path in files.items() if path}
+    kind = header.read(request.shipped).keys.get("general.architecture")
+    return {"architecture": str(kind), **hashes, **collected.provenance(), **versions}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of a folder's weights and configuration by name."""
+    from edgeft.corpus.reading import sha256
+
+    return sha256(path)

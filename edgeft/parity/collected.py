@@ -1,0 +1,116 @@
+"""The certificate of a build, collected from what its steps left behind: folders with arrays, and facts."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import edgeft
+from edgeft.llamacpp.score import Scores
+from edgeft.parity import evidence
+from edgeft.parity.certificate import Answer, Certificate, File, Manners, Word, overall
+from edgeft.parity.checks.check import Check
+from edgeft.parity.gates import Limits
+from edgeft.parity.statistics import Comparison, Retention
+
+EXPORTED = ("reference", "merge", "gguf", "quantize/gguf", "verify")
+"""The steps that a file's part of the certificate is collected from."""
+
+
+class Made(Protocol):
+    """A finished step."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+
+def file(made: Mapping[str, Made], limits: Limits, *, memory_mb: float | None = None) -> File:
+    """One shipped file's part, judged by `limits`. `made` holds the steps named in EXPORTED.
+
+    `memory_mb` is what the target is predicted to need for it.
+    """
+    import numpy as np
+
+    shipped, verified = made["quantize/gguf"].facts, made["verify"].facts
+    reference = evidence.Reference.of(dict(np.load(made["reference"].path / "reference.npz")))
+    scores = _scores(made["verify"])
+    merge, gguf = made["merge"].facts, made["gguf"].facts
+    chain = [
+        ("merged", f"merged into the {merge['merge_base']} base", _scores(made["merge"])["domain"]),
+        ("gguf", f"GGUF, {gguf['type']}", _scores(made["gguf"])["domain"]),
+        ("quantized", shipped["type"], scores["domain"]),
+    ]
+    found = File(
+        name=shipped["type"].lower(), title=shipped["type"], sha256=verified["sha256"], bytes=shipped["bytes"],
+        bits_per_weight=shipped["bits_per_weight"], types=shipped["types"], memory_mb=memory_mb, verdict="UNDECIDED",
+        because=[], culprit="", more_windows=None, tier="", limits=limits,
+        domain=Comparison.of(verified["comparisons"]["domain"]),
+        general=Comparison.of(verified["comparisons"]["general"]) if "general" in scores else None,
+        retention=Retention.of(verified["retention"]) if verified["retention"] else None, findings=[],
+        checks=[Check.of(c) for name in (*EXPORTED, "imatrix") if name in made for c in made[name].facts.get("checks", ())],
+        steps=evidence.step_costs(reference, chain, trained="as trained"),
+        bins=evidence.bins(reference, scores), worst=[Word(**w) for w in verified["worst"]],
+        answers=[Answer(**a) for a in verified["answers"]], manners=[Manners(**m) for m in verified["manners"]],
+        floor=verified["floor"], notes=_notes(verified, reference),
+    )  # fmt: skip
+    comparisons = {"domain": found.domain} | ({"general": found.general} if found.general else {})
+    return evidence.judged(found, comparisons, found.retention, limits)
+
+
+def certificate(
+    files: Sequence[File], made: Mapping[str, Made], *, name: str, command: str, target: dict[str, Any], when: str,
+    versions: Mapping[str, str], keys: Mapping[str, str],
+) -> Certificate:  # fmt: skip
+    """The document for files of one build. `when` is a UTC time or ""; `keys` are the steps' keys by title."""
+    said, merge = made["reference"].facts, made["merge"].facts
+    merges: dict[str, Any] = {
+        "chosen": merge["merge_base"], "why": merge.get("merge_reason", ""), "candidates": merge.get("candidates", {}),
+    }  # fmt: skip
+    return Certificate(
+        name=name, verdict=overall(files), made=when, edgeft=edgeft.__version__, command=command, machine=machine(),
+        reference=said["title"], target=target, texts=said["texts"], files=list(files),
+        merges=merges if merges["candidates"] else {},
+        provenance={**provenance(), **versions, **{f"step {title}": key for title, key in keys.items()}},
+    )  # fmt: skip
+
+
+def provenance() -> dict[str, str]:
+    """Where converter, quantizer and kernels came from."""
+    from edgeft.llamacpp import pin
+
+    found = pin.load()
+    return {
+        "llama.cpp": f"{found.llama}, commit {found.commit}",
+        "llama.cpp source": f"{found.package} {found.version}, sha256 {found.sha256}",
+    }
+
+
+def machine() -> str:
+    """The processor that measured, without the machine's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    model = next((x.partition(":")[2].strip() for x in lines if x.startswith(("model name", "Model"))), "")
+    return f"{platform.machine()}{', ' + model if model else ''}, {platform.system()}, Python {platform.python_version()}"
+
+
+def _scores(made: Made) -> dict[str, Scores]:
+    import numpy as np
+
+    return evidence.scores_of(dict(np.load(made.path / "scores.npz")))
+
+
+def _notes(verified: Mapping[str, Any], reference: evidence.Reference) -> list[str]:
+    notes = []
+    if len(reference.texts["domain"].ids) < 32:
+        notes.append(
+            f"the domain text has {len(reference.texts['domain'].ids)} windows; 32 or more give tighter bounds"
+        )
+    if "general" not in reference.texts:
+        notes.append("nothing was measured outside the domain text")
+    if verified["retention"] is None or verified["retention"]["retention"] is None:
+        notes.append("training gained nothing that is clearly above zero, so no share of it can be told")
+    return notes

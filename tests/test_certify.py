@@ -1,0 +1,167 @@
+"""Certificates of files that edgeft did not build: planted faults, each found at its step, and no false alarm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from edgeft.errors import DataError, ParityError
+from tests.conftest import PYTHONPATH, ROOT
+from tests.llamacpp.test_imatrix import quantize_f16
+from tests.parity_checks import faults
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def chain(library, tiny_checkpoint, tmp_path_factory):
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = (ROOT / "recipes/data/wordnet_medical_qa.jsonl").read_text().splitlines()
+    rows.write_text("\n".join(lines[::40]) + "\n")
+    return faults.make(tmp_path_factory.mktemp("chain"), tiny_checkpoint, rows)
+
+
+def request(chain, **other):
+    from edgeft.parity.certify import Request
+
+    given = {"reference": chain.base, "adapter": chain.adapter, "via": (chain.merged, chain.f16), "shipped": chain.q8,
+             "text": chain.text, "windows": 8, "general_windows": 2, "n_ctx": 64, "questions": 2, "answer_tokens": 8,
+             "floor_windows": 0}  # fmt: skip
+    return Request(**{**given, **other})
+
+
+def certified(chain, tmp_path, **other):
+    from edgeft.parity.certify import certify
+    from edgeft.parity.gates import Limits
+
+    (tmp_path / "work").mkdir()
+    (file,) = certify(
+        request(chain, **other), Limits.of("parity", min_retention=0.5), tmp_path / "work"
+    ).files
+    return file
+
+
+def test_a_sound_chain_passes_and_every_check_is_answered(chain, tmp_path):
+    file = certified(chain, tmp_path)
+    assert (file.verdict, file.culprit) == ("PASS", ""), file.because
+    assert [s.step for s in file.steps] == ["base", "trained", "merged", "gguf", "quantized"]
+    assert {c.step for c in file.checks} == {"merged", "gguf", "quantized", "served"}
+    assert all(c.ok for c in file.checks), [c for c in file.checks if not c.ok]
+    assert file.general is not None and len(file.answers) == 2 and len(file.worst) == 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [
+        ("adapter_not_applied", "merged"),
+        ("rslora_scale_lost", "merged"),
+        ("base_swapped", "merged"),
+        ("merged_tensor_zeroed", "merged"),
+        ("eos_rewritten", "gguf"),
+        ("double_bos", "gguf"),
+        ("shifted_tokenizer", "gguf"),
+        ("wrong_template", "quantized"),
+        ("tensor_zeroed", "quantized"),
+        ("layers_swapped", "quantized"),
+    ],
+)
+def test_a_planted_fault_fails_at_the_step_that_made_it(chain, tmp_path, fault, step):
+    broken = chain.copy(tmp_path / "chain")
+    getattr(faults, fault)(broken)
+    file = certified(broken, tmp_path)
+    assert (file.verdict, file.culprit) == ("FAIL", step), file.because
+
+
+def test_text_that_the_quantizer_was_calibrated_on_is_refused(chain, tmp_path):
+    with pytest.raises(ParityError, match="calibration"):
+        certified(chain, tmp_path, calibration=chain.text)
+
+
+def test_a_checkpoint_cannot_be_the_file_that_ships_and_an_adapter_needs_its_base(chain, tmp_path):
+    with pytest.raises(DataError, match="is a checkpoint"):
+        certified(chain, tmp_path, shipped=chain.merged)
+    with pytest.raises(DataError, match="an adapter needs its base"):
+        certified(chain, tmp_path / "work", reference=chain.f16)
+
+
+def test_without_a_text_of_its_own_general_text_is_taken_and_the_page_says_so(chain, tmp_path):
+    file = certified(chain, tmp_path, text=None, adapter=None, reference=chain.merged, via=())
+    assert file.verdict == "PASS" and file.general is None and file.retention is None
+    assert any("no text" in note for note in file.notes)
+
+
+def test_the_command_writes_page_and_numbers_and_ends_with_the_verdict(chain, tmp_path):
+    """5 for a zeroed tensor; the page and certificate.json are there whatever the verdict."""
+    broken = chain.copy(tmp_path / "chain")
+    faults.tensor_zeroed(broken)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeft", "certify", str(broken.f16), str(broken.q8), "--text", str(broken.text),
+         "--windows", "8", "--general-windows", "0", "--n-ctx", "64", "--questions", "0", "--floor-windows", "0",
+         "--out", str(tmp_path / "out"), "--keep-base"],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH}, cwd=tmp_path, text=True, capture_output=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert (
+        "FAIL" in done.stdout
+        and "blk.1.ffn_up.weight" in done.stdout + done.stderr
+        and "Traceback" not in done.stderr
+    )
+    document = json.loads((tmp_path / "out/certificate.json").read_text())
+    assert document["verdict"] == "FAIL" and document["files"][0]["culprit"] == "quantized"
+    assert "blk.1.ffn_up.weight" in (tmp_path / "out/certificate.html").read_text()
+    assert (tmp_path / "out/domain.kld").is_file() and not list((tmp_path / "out").glob(".certify-*"))
+
+
+class TestOnSmolLM2:
+    """Numbers need a model that says something."""
+
+    @pytest.fixture(scope="class")
+    def files(self, smollm2, library, tmp_path_factory):
+        from edgeft.llamacpp import quantize
+
+        """The package's Q4_1 as F16, by the one tool that does that, and two files made from it."""
+        from edgeft import llamacpp
+
+        folder = tmp_path_factory.mktemp("smollm2")
+        paths = {name: folder / f"{name}.gguf" for name in ("F16", "Q8_0", "Q2_K")}
+        quantize_f16(llamacpp.ensure("perplexity"), smollm2, paths["F16"])
+        for name in ("Q8_0", "Q2_K"):
+            quantize.quantize(paths["F16"], paths[name], name)
+        return paths
+
+    def test_q2_k_sold_as_parity_fails_at_the_quantization(self, files, tmp_path):
+        """And a tier that asks less of it does not change the numbers."""
+        from edgeft.parity.certify import Request, certify
+        from edgeft.parity.gates import Limits
+
+        (tmp_path / "work").mkdir()
+        asked = Request(
+            reference=files["F16"], shipped=files["Q2_K"], windows=8, n_ctx=128, questions=0, floor_windows=0
+        )
+        (file,) = certify(asked, Limits.of("parity"), tmp_path / "work").files
+        assert (file.verdict, file.culprit, file.tier) == ("FAIL", "quantized", "")
+        assert any("KL divergence" in reason for reason in file.because)
+        assert all(c.ok is not False for c in file.checks), "nothing is broken in it: it is only too coarse"
+
+    def test_twenty_certificates_of_q8_0_against_its_own_source_raise_no_false_alarm(self, files, tmp_path):
+        """Each on other windows. The numbers alone: the exact checks do not depend on the windows."""
+        from edgeft.parity import evidence, gates, reference
+        from edgeft.parity.certify import Request
+        from edgeft.parity.opening import opened
+        from edgeft.parity.questions import sample
+
+        asked = Request(reference=files["F16"], shipped=files["Q8_0"], windows=8, n_ctx=128)
+        verdicts = []
+        with opened(files["F16"], n_ctx=128) as first, opened(files["Q8_0"], n_ctx=128) as second:
+            for seed in range(1, 21):
+                texts = sample(replace(asked, seed=seed), first).texts
+                nll = {n: reference.write(first.speaker, t, tmp_path / f"{n}.kld") for n, t in texts.items()}
+                said = evidence.Reference(texts=texts, nll=nll, base=None)
+                found = said.compare(evidence.measure(second.speaker, said, tmp_path))
+                verdicts.append(gates.verdict(gates.judge(found, None, gates.Limits.of("parity"))))
+        assert len(verdicts) == 20 and "FAIL" not in verdicts, verdicts
