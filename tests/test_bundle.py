@@ -95,7 +95,8 @@ def unpacked(path: Path, into: Path) -> Path:
         path.open("rb") as raw,
         tarfile.open(fileobj=zstandard.ZstdDecompressor().stream_reader(raw), mode="r|") as tar,
     ):
-        tar.extractall(into, filter="data")
+        # Debian 12's Python 3.11.2 has no filter yet; these are our own bundles.
+        tar.extractall(into, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return into
 
 

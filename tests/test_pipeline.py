@@ -170,7 +170,7 @@ def test_a_gate_that_is_not_met_ends_with_5_and_keeps_the_numbers(project, built
 
 def test_a_limit_within_the_error_of_measurement_ends_with_6_and_says_what_would_decide(project, built):
     least = min(facts(built, "verify"), key=lambda f: f["comparisons"]["domain"]["kld"])["comparisons"]
-    value = 1.005 * max(text["kld"] for text in least.values())
+    value = 1.2 * max(text["kld"] for text in least.values())
     four_bits = '[[quantize]]\nkind = "gguf"\ntype = "Q4_0"\n'
     (project / "open.toml").write_text(
         RECIPE.replace(four_bits, "").replace("max_kld = 5", f"max_kld = {value}")

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeft.errors import DataError
+from edgeft.llamacpp.threads import default_threads
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 MAGIC = b"_logits_"
 BLOCK = 1 << 20
@@ -58,8 +63,8 @@ def write_base(
         for rows in logits:
             if rows.shape != expected:
                 raise DataError(f"logits of window {written} have the shape {rows.shape}, not {expected}")
-            for block in blocks(*expected):
-                stream.write(_pack(rows[block]))
+            for packed in in_blocks(partial(_pack, rows), *expected):
+                stream.write(packed)
             written += 1
         stream.flush()
         os.fsync(stream.fileno())
@@ -133,14 +138,28 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def in_blocks(work: Callable[[slice], T], rows: int, columns: int) -> list[T]:
+    """`work` for each block of an array, in order of the blocks; numpy's loops run on all processors meanwhile."""
+    parts = list(blocks(rows, columns))
+    if len(parts) == 1:
+        return [work(parts[0])]
+    return list(_pool().map(work, parts))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(default_threads(), thread_name_prefix="edgeft-score")
+
+
 def _width(n_vocab: int) -> int:
     return 2 * ((n_vocab + 1) // 2) + 4
 
 
-def _pack(logits: NDArray[np.float32]) -> bytes:
+def _pack(rows: NDArray[np.float32], block: slice) -> bytes:
     """Each row: float scale, float least log-probability, then a uint16 for every token, padded to an even count."""
     import numpy as np
 
+    logits = rows[block]
     most = logits.max(-1, keepdims=True)
     least = np.maximum(logits.min(-1, keepdims=True), most - np.float32(16))
     total = np.log(np.exp(logits - most).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def floor(gguf: Path, windows: Sequence[Sequence[int]], *, threads: int = 0) -> 
     in memory at a time; the others wait in a temporary folder, 2 * 4 bytes * scored tokens * vocabulary.
     Compiles the portable kernels when they are not there (50 CPU seconds). Raises DataError for windows of several
     lengths or a file that is no model, SetupError when this machine cannot compile, ToolError when the portable
-    kernels did not run (on x86-64 they need AVX and F16C, processors since 2012).
+    kernels did not run. A processor that lacks what they need is compared with itself only, without repacking.
     """
     import numpy as np
 
@@ -83,12 +84,11 @@ def floor(gguf: Path, windows: Sequence[Sequence[int]], *, threads: int = 0) -> 
     native = runtime.native().llama_print_system_info().decode().strip(" |")
     with tempfile.TemporaryDirectory(prefix="edgeft-floor-") as name:
         folder = Path(name)
-        portable = _portable(gguf, windows, threads, folder)
         _write(gguf, windows, folder / "plain.f32", threads=threads, repack=False)
-        others = {
-            "repack on / off": (folder / "plain.f32", native),
-            f"native / portable {os.uname().machine}": (folder / "portable.f32", portable),
-        }
+        others = {"repack on / off": (folder / "plain.f32", native)}
+        if runs_portable(platform.machine(), _cpuinfo()):
+            portable = _portable(gguf, windows, threads, folder)
+            others[f"native / portable {platform.machine()}"] = (folder / "portable.f32", portable)
         found: dict[str, list[tuple[float, float]]] = {what: [] for what in others}
         with Decoder(gguf, n_ctx=len(windows[0]), threads=threads) as decoder:
             for number, window in enumerate(windows):
@@ -104,6 +104,20 @@ def floor(gguf: Path, windows: Sequence[Sequence[int]], *, threads: int = 0) -> 
         for what, (_, kernels) in others.items()
     ]  # fmt: skip
     return Floor(pairs=tuple(pairs), kernels=native, tokens=len(windows) * len(rows))
+
+
+def runs_portable(machine: str, cpuinfo: str) -> bool:
+    """Whether a processor has what the portable kernels need: on x86-64 AVX and F16C, which is since 2012.
+
+    `cpuinfo` is the text of /proc/cpuinfo.
+    """
+    flags = next((x.partition(":")[2].split() for x in cpuinfo.splitlines() if x.startswith("flags")), [])
+    return machine != "x86_64" or {"avx", "f16c"} <= set(flags)
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _difference(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft import progress
 from edgeft.errors import DataError
-from edgeft.llamacpp.base_file import Base, blocks, first_scored, read_base, write_base
+from edgeft.llamacpp.base_file import Base, first_scored, in_blocks, read_base, write_base
 from edgeft.llamacpp.decode import Decoder
 
 if TYPE_CHECKING:
@@ -130,12 +131,14 @@ def nll(logits: NDArray[np.float32], targets: Sequence[int]) -> NDArray[np.float
     """Negative log-likelihood [n] of each target under its row of logits [n, n_vocab]."""
     import numpy as np
 
-    found = np.empty(len(targets))
     wanted = np.asarray(targets)
-    for block in blocks(*logits.shape):
+
+    def of(block: slice) -> NDArray[np.float64]:
         rows = log_softmax(logits[block])
-        found[block] = -rows[np.arange(len(rows)), wanted[block]]
-    return found
+        found: NDArray[np.float64] = -rows[np.arange(len(rows)), wanted[block]].astype(np.float64)
+        return found
+
+    return np.concatenate(in_blocks(of, *logits.shape))
 
 
 def perplexity(decoder: Decoder, parts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
@@ -168,12 +171,16 @@ def compare(base: Base | Path, logits: Logits | Decoder, *, doing: str = "KL div
                 f"{' x '.join(map(str, rows.shape))}"
             )
         packed, targets = base.packed(number), np.asarray(window[first_scored(base.n_ctx) + 1 :])
-        parts = [
-            _scores(base.unpack(packed[block]), log_softmax(rows[block]), targets[block], floor=-16.0)
-            for block in blocks(*rows.shape)
-        ]
+        work = partial(_block, base, packed, rows, targets)
+        parts = in_blocks(work, *rows.shape)
         found.append({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
     return Scores(**{name: np.stack([f[name] for f in found]) for name in found[0]})
+
+
+def _block(
+    base: Base, packed: NDArray[np.uint16], rows: NDArray[np.float32], targets: NDArray[Any], block: slice
+) -> dict[str, Any]:
+    return _scores(base.unpack(packed[block]), log_softmax(rows[block]), targets[block], floor=-16.0)
 
 
 def compare_logits(base: NDArray[np.float32], other: NDArray[np.float32], targets: Sequence[int]) -> Scores:

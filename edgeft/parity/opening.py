@@ -76,6 +76,7 @@ def _gguf(path: Path, decoder: Decoder) -> Opened:
 def _checkpoint(folder: Path, adapter: Path | None, method: Literal["lora", "qlora"]) -> Opened:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as chatter
 
     from edgeft.parity.reference import bos
     from edgeft.training.model import device_name, is_quantized, load_trained, pick_device
@@ -85,6 +86,7 @@ def _checkpoint(folder: Path, adapter: Path | None, method: Literal["lora", "qlo
             f"{folder} is quantized already: it is not the model that was trained, only a copy of it",
             hint="give the 16-bit checkpoint, or the base with --adapter and --qlora",
         )
+    chatter.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     small = sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 2 < FLOAT32_BELOW
     device = pick_device()

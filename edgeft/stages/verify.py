@@ -79,5 +79,5 @@ def _floor(file: Path, reference: Any, windows: int) -> dict[str, Any] | None:
 
 STAGE = Stage(
     name="verify", params=Verify, run=run, needs=("reference", "merge", "gguf", "quantize/gguf"), makes=("scores.npz",),
-    extra="train", tools=(llamacpp.LIBRARY, llamacpp.SERVER), version=2,
+    extra="train", tools=(llamacpp.LIBRARY, llamacpp.SERVER, llamacpp.PORTABLE), version=2,
 )  # fmt: skip

@@ -123,3 +123,10 @@ def test_the_floor_of_a_real_model_is_where_it_was_measured(smollm2, english):
     floor = kernels.floor(smollm2, score.windows(ids, 256, at_most=2), threads=1)
     assert 5e-4 < floor.largest < 2e-2
     assert 0.85 < floor.pairs[1].same_top < 1
+
+
+def test_a_processor_without_avx_is_not_asked_to_run_what_it_cannot():
+    assert kernels.runs_portable("x86_64", "flags\t\t: fpu sse2 avx f16c avx2\n")
+    assert not kernels.runs_portable("x86_64", "flags\t\t: fpu sse2 sse4_2\n")
+    assert not kernels.runs_portable("x86_64", "")
+    assert kernels.runs_portable("aarch64", "Features\t: fp asimd\n")
