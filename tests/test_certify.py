@@ -15,7 +15,33 @@ from tests.conftest import PYTHONPATH, ROOT
 from tests.llamacpp.test_imatrix import quantize_f16
 from tests.parity_checks import faults
 
-pytestmark = pytest.mark.slow
+
+def test_the_command_can_be_repeated_as_it_stands_in_the_certificate():
+    from pathlib import Path
+
+    from edgeft.commands.certifying import command_line
+
+    given = {
+        "via": [Path("a b"), Path("c.gguf")],
+        "adapter": None,
+        "windows": 32,
+        "qlora": True,
+        "keep-base": False,
+        "max_kld": 0.1,
+    }
+    said = command_line(Path("base"), Path("q4.gguf"), given)
+    assert said == "edgeft certify base q4.gguf --via 'a b' --via c.gguf --windows 32 --qlora --max-kld 0.1"
+
+
+def test_an_unknown_tier_is_answered_with_the_known_ones(tmp_path):
+    from edgeft.commands.certifying import certify
+    from edgeft.errors import RecipeError
+
+    with pytest.raises(RecipeError, match="no tier 'perfect'"):
+        certify(
+            tmp_path, tmp_path, {}, {}, tier="perfect", qlora=False, out=tmp_path / "out", keep_base=False
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +72,7 @@ def certified(chain, tmp_path, **other):
     return file
 
 
+@pytest.mark.slow
 def test_a_sound_chain_passes_and_every_check_is_answered(chain, tmp_path):
     file = certified(chain, tmp_path)
     assert (file.verdict, file.culprit) == ("PASS", ""), file.because
@@ -55,6 +82,7 @@ def test_a_sound_chain_passes_and_every_check_is_answered(chain, tmp_path):
     assert file.general is not None and len(file.answers) == 2 and len(file.worst) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "step"),
     [
@@ -77,11 +105,13 @@ def test_a_planted_fault_fails_at_the_step_that_made_it(chain, tmp_path, fault, 
     assert (file.verdict, file.culprit) == ("FAIL", step), file.because
 
 
+@pytest.mark.slow
 def test_text_that_the_quantizer_was_calibrated_on_is_refused(chain, tmp_path):
     with pytest.raises(ParityError, match="calibration"):
         certified(chain, tmp_path, calibration=chain.text)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cannot_be_the_file_that_ships_and_an_adapter_needs_its_base(chain, tmp_path):
     with pytest.raises(DataError, match="is a checkpoint"):
         certified(chain, tmp_path, shipped=chain.merged)
@@ -89,12 +119,14 @@ def test_a_checkpoint_cannot_be_the_file_that_ships_and_an_adapter_needs_its_bas
         certified(chain, tmp_path / "work", reference=chain.f16)
 
 
+@pytest.mark.slow
 def test_without_a_text_of_its_own_general_text_is_taken_and_the_page_says_so(chain, tmp_path):
     file = certified(chain, tmp_path, text=None, adapter=None, reference=chain.merged, via=())
     assert file.verdict == "PASS" and file.general is None and file.retention is None
     assert any("no text" in note for note in file.notes)
 
 
+@pytest.mark.slow
 def test_the_command_writes_page_and_numbers_and_ends_with_the_verdict(chain, tmp_path):
     """5 for a zeroed tensor; the page and certificate.json are there whatever the verdict."""
     broken = chain.copy(tmp_path / "chain")
@@ -117,6 +149,7 @@ def test_the_command_writes_page_and_numbers_and_ends_with_the_verdict(chain, tm
     assert (tmp_path / "out/domain.kld").is_file() and not list((tmp_path / "out").glob(".certify-*"))
 
 
+@pytest.mark.slow
 class TestOnSmolLM2:
     """Numbers need a model that says something."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,12 +71,32 @@ def certificate(
     merges: dict[str, Any] = {
         "chosen": merge["merge_base"], "why": merge.get("merge_reason", ""), "candidates": merge.get("candidates", {}),
     }  # fmt: skip
-    return Certificate(
+    found = Certificate(
         name=name, verdict=overall(files), made=when, edgeft=edgeft.__version__, command=command, machine=machine(),
-        reference=said["title"], target=target, texts=said["texts"], files=list(files),
+        reference=said["title"], target={}, texts=said["texts"], files=list(files),
         merges=merges if merges["candidates"] else {},
         provenance={**provenance(), **versions, **{f"step {title}": key for title, key in keys.items()}},
     )  # fmt: skip
+    return aimed(found, target)
+
+
+def aimed(found: Certificate, target: dict[str, Any]) -> Certificate:
+    """The certificate for a target: its `name`, `memory_mb`, and `arch` (arm64, amd64).
+
+    Each file gets a note when the target computes with other kernels than those it was measured with.
+    """
+    here = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    if target.get("arch", here) == here:
+        return replace(found, target=target)
+    files = []
+    for one in found.files:
+        moves = f" (KL divergence {one.floor['largest']:.1e} between two kinds here)" if one.floor else ""
+        note = (
+            f"measured with the kernels of {here}; {target['name']} is {target['arch']}, whose kernels round otherwise{moves}. "
+            "llama-perplexity measures it there: docs/device-kernels.md"
+        )
+        files.append(replace(one, notes=[*one.notes, note]))
+    return replace(found, target=target, files=files)
 
 
 def provenance() -> dict[str, str]:

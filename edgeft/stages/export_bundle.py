@@ -110,19 +110,19 @@ def _known(step: Step, artifacts: Mapping[str, Artifact]) -> tuple[ModelShape, s
 
 def _certificate(gate: Artifact, device: Facts, memory_mb: float) -> dict[str, bundle.Content]:
     """The gate's certificate for this target, as page and as data."""
-    from edgeft.parity import certificate, page
+    from edgeft.parity import certificate, collected, page
 
     found = certificate.load(json.loads((gate.path / "certificate.json").read_text(encoding="utf-8")))
     files = [replace(file, memory_mb=memory_mb) for file in found.files]
-    found = replace(found, files=files, target=target(device))
+    found = collected.aimed(replace(found, files=files), target(device))
     text = json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
     return {"certificate.json": text.encode(), "certificate.html": page.render(found).encode()}
 
 
 def target(device: Facts) -> Facts:
-    """What the certificate says of a device: its name and what it leaves for a model, in MB."""
+    """What the certificate says of a device: its name, its kind, and what it leaves for a model, in MB."""
     board = Board(**{key: device[key] for key in Board.__dataclass_fields__})
-    return {"name": board.name, "memory_mb": board.available_mb}
+    return {"name": board.name, "arch": device["arch"], "memory_mb": board.available_mb}
 
 
 def _settings(device: Facts, serve: Facts, name: str) -> bundle.Settings:

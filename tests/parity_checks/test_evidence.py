@@ -14,6 +14,7 @@ from edgeft.parity.evidence import Reference
 from edgeft.parity.gates import Limits, judge
 from edgeft.parity.speakers import Reply
 from edgeft.parity.suite import Text
+from tests.parity_checks import sample
 from tests.parity_checks.made_up import all_of, scores
 
 
@@ -102,3 +103,16 @@ def test_a_reference_survives_its_file(reference, tmp_path):
     again = Reference.of(dict(np.load(tmp_path / "r.npz")))
     assert again.texts.keys() == {"domain"} and np.array_equal(again.base, reference.base)
     assert again.retention(moved(0.5, 0)).retention == pytest.approx(0.5)
+
+
+def test_a_file_for_another_kind_of_processor_says_that_it_was_not_measured_there(monkeypatch):
+    import platform
+
+    from edgeft.parity import collected
+
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    found = sample.bare()
+    there = collected.aimed(found, {"name": "pi-5-8gb", "arch": "arm64", "memory_mb": 6000})
+    assert "pi-5-8gb is arm64" in there.files[0].notes[-1] and there.target["name"] == "pi-5-8gb"
+    here = collected.aimed(found, {"name": "laptop", "arch": "amd64", "memory_mb": 6000})
+    assert here.files == found.files and here.target["name"] == "laptop"
