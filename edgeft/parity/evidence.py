@@ -235,7 +235,7 @@ def _because(verdict: Verdict, findings: Sequence[Finding], file: File) -> list[
     if verdict == "PASS":
         unasked = sum(c.ok is None for c in file.checks)
         return [
-            f"every bound is within the limits ({file.limits.tier}), and of {len(file.checks)} checks none found a fault"
+            f"every bound is within the limits ({file.limits.said}), and of {len(file.checks)} checks none found a fault"
             + (f" ({unasked} could not be asked)" if unasked else "")
         ]
     return [*wrong, *over, *open_]

@@ -42,6 +42,16 @@ class Limits:
         """The limits of a tier, each replaced by a number where one is given. Raises KeyError for no such tier."""
         return cls(tier=tier, **{**TIERS[tier], **{k: v for k, v in numbers.items() if v is not None}})
 
+    @property
+    def said(self) -> str:
+        """The tier's name, and which of its numbers were replaced."""
+        own = [
+            f"{name} {getattr(self, name):g}"
+            for name, number in TIERS.get(self.tier, {}).items()
+            if getattr(self, name) != number
+        ]
+        return f"{self.tier} with {', '.join(own)}" if own else self.tier
+
     def facts(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)

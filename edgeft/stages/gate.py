@@ -45,7 +45,7 @@ def run(job: Job[Gate]) -> Facts:
     (job.out / "certificate.json").write_text(text, encoding="utf-8")
     reached = f"; reaches tier {file.tier}" if file.tier not in ("", job.params.tier) else ""
     return {
-        "summary": f"PASS: every 95 % bound is within the limits ({job.params.tier}){reached}",
+        "summary": f"PASS: every 95 % bound is within the limits ({file.limits.said}){reached}",
         "verdict": file.verdict, "tier": file.tier, "limits": file.limits.facts(),
     }  # fmt: skip
 

@@ -81,6 +81,7 @@ def test_without_a_gain_there_is_nothing_to_keep():
 def test_numbers_replace_a_tiers_own_and_tiers_are_ordered():
     limits = Limits.of("parity", max_kld=0.3, min_same_top=None)
     assert (limits.max_kld, limits.min_same_top) == (0.3, 0.90)
+    assert limits.said == "parity with max_kld 0.3" and Limits.of("degraded").said == "degraded"
     kld = [t["max_kld"] for t in gates.TIERS.values()]
     assert kld == sorted(kld)
     strict = scores(kld=0.001, noise=0.001, agree=0.99)

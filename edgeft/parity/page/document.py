@@ -57,7 +57,7 @@ def render(certificate: Certificate) -> str:
     return template.render(
         c=certificate, files=[_file(certificate, f, n) for n, f in enumerate(certificate.files, start=1)],
         marks=wording.MARKS, steps=wording.STEPS, headline=wording.headline(certificate), terms=TERMS,
-        tiers=sorted({f.limits.tier for f in certificate.files}), quality=_quality(certificate), reach=_reach(certificate),
+        tiers=sorted({f.limits.said for f in certificate.files}), quality=_quality(certificate), reach=_reach(certificate),
         models={"base": "before training", "trained": "trained", "shipped": "this file"}, measured=wording.measured,
     )  # fmt: skip
 

@@ -120,7 +120,7 @@ def headline(certificate: Certificate) -> str:
 
 def meaning(file: File) -> str:
     """What the verdict means for somebody who has to decide."""
-    limits = f"the limits of tier {clean(file.limits.tier)}"
+    limits = f"the limits of tier {clean(file.limits.said)}"
     if file.verdict == "PASS":
         return f"It says what the trained model says, within {limits}."
     if file.verdict == "UNDECIDED":
