@@ -15,6 +15,7 @@ FLOORS = [
     {"stage"},
     {"store"},
     {"llamacpp", "corpus"},
+    {"grid"},
     {"checkpoint", "training", "fit", "bundle"},
     {"parity", "merging", "chat", "doctor"},
     {"estimates"},
@@ -42,6 +43,7 @@ DOMAIN = {
     "bundle",
     "doctor",
     "chat",
+    "grid",
 }
 
 
