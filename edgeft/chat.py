@@ -1,4 +1,4 @@
-"""Ask a finished model: llama.cpp through llama-cpp-python, with the template that is in the file."""
+"""Ask a finished model: llama.cpp through llama-cpp-python, with the template in the file and the adapter beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from edgeft.errors import SetupError
+from edgeft.errors import DataError, SetupError
 
 Message = dict[str, str]
 
@@ -19,7 +19,11 @@ class Chat:
         self, model: Path, *, context: int, threads: int, system: str = "", temperature: float = 0.0
     ) -> None:
         from edgeft import llamacpp
+        from edgeft.llamacpp.adapter import adapter_beside, check_base
 
+        adapter = adapter_beside(model)
+        if adapter:
+            check_base(model, adapter)
         llamacpp.activate()
         llamacpp.ensure("library")
         bindings = llamacpp.native()
@@ -29,6 +33,13 @@ class Chat:
             self._llama: Any = bindings.Llama(
                 str(model), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
             )
+        if adapter:
+            # Not through its lora_path: it would go on with a null pointer when the adapter cannot be loaded.
+            try:
+                llamacpp.runtime.add_adapter(self._llama.model, self._llama.ctx, adapter)
+            except DataError:
+                self.close()
+                raise
         if "tokenizer.chat_template" not in self._llama.metadata:
             self.close()
             raise SetupError(f"{model} carries no chat template", hint="build it from a base that has one")

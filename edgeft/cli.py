@@ -126,6 +126,12 @@ def certify(
     calibration: Annotated[
         Path | None, typer.Option(help="What the importance matrix was computed on.")
     ] = None,
+    board_log: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What llama-perplexity printed on the board for the kept base file; may be repeated."
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows of domain text.", min=2)] = 32,
     general_windows: Annotated[int, typer.Option(help="Windows of general text.", min=0)] = 16,
     n_ctx: Annotated[int, typer.Option(help="Tokens in a window.", min=32)] = 512,
@@ -153,7 +159,7 @@ def certify(
     given = {
         "via": via or [], "adapter": adapter, "base": base, "text": text, "general": general, "calibration": calibration,
         "windows": windows, "general_windows": general_windows, "n_ctx": n_ctx, "questions": questions,
-        "floor_windows": floor_windows, "seed": seed,
+        "floor_windows": floor_windows, "seed": seed, "board_logs": board_log or [],
     }  # fmt: skip
     numbers = {
         "max_kld": max_kld, "max_ppl_ratio": max_ppl_ratio, "min_same_top": min_same_top,

@@ -14,6 +14,7 @@ from pathlib import Path
 from edgeft.checkpoint.truncate import WHOLE_BELOW
 from edgeft.fit import training as sizes
 from edgeft.fit.base_shape import base_shape
+from edgeft.fit.quant import Placed, place
 from edgeft.fit.shape import ModelShape, shape_of
 from edgeft.parity.checks.exact import FLOAT32_BELOW
 from edgeft.resources import cache as cache_folder
@@ -76,17 +77,38 @@ def train(step: Step, artifacts: Artifacts) -> Needs:
     """The adapter with its checkpoints; memory for one step on the GPU, or on the CPU without one.
 
     Rows are taken to be as long as the longest one once the data is there, as long as the recipe allows before;
-    answers, for which alone logits are computed, as half of that. On a CPU the NF4 weights are held dequantized.
+    answers, for which alone logits are computed, as half of that. On a CPU the packed weights are held dequantized.
     """
-    shape, data, p = shape_for(step, artifacts), step.find("data"), step.params
+    return _training(step, step.params, artifacts)
+
+
+def tune(step: Step, artifacts: Artifacts) -> Needs:
+    """As the training before it in 16 bits, with the file's blocks beside the weights, and a second file."""
+    train, shape, quantize = step.find("train"), shape_for(step, artifacts), step.find("quantize/gguf")
+    if train is None or shape is None or quantize is None:
+        return Needs()
+    wider = train.params.model_copy(update={"rank": step.params.rank})  # type: ignore[attr-defined]
+    need = _training(step, wider, artifacts)
+    file = sizes.gguf_mb(shape, quantize.params.type)  # type: ignore[attr-defined]
+    disk = need.disk_mb + file
+    if need.vram_mb:
+        return Needs(disk_mb=disk, ram_mb=need.ram_mb, vram_mb=need.vram_mb + file)
+    return Needs(disk_mb=disk, ram_mb=need.ram_mb + file)
+
+
+def _training(step: Step, p: Params, artifacts: Artifacts) -> Needs:
+    """What training with the parameters `p` of a `[train]` table takes."""
+    shape, data, grid = shape_for(step, artifacts), step.find("data"), step.find("quantize/grid")
     if shape is None or data is None:
         return Needs()
     made = artifacts.get(data.key)
     tokens = int(made.facts["max_length"]) if made else int(data.params.max_tokens)  # type: ignore[attr-defined]
     cuda = _has_gpu()
     wanted = p.gradient_checkpointing  # type: ignore[attr-defined]
+    packed = sizes.packed_bytes(shape, grid.params.type) if cuda and grid else None  # type: ignore[attr-defined]
     need = sizes.training(
-        shape, method=p.method if cuda else "lora", rank=p.rank, batch=p.batch_size, tokens=tokens, logit_tokens=-(-tokens // 2),  # type: ignore[attr-defined]
+        shape, method="qlora" if cuda and p.method == "qlora" else "lora", rank=p.rank, batch=p.batch_size, tokens=tokens,  # type: ignore[attr-defined]
+        logit_tokens=-(-tokens // 2), packed=packed,
         device="cuda" if cuda else "cpu", weight_bytes=2 if cuda else 4, optimizer_bits=8 if cuda else 32,
         checkpointing=(cuda or shape.parameters >= 10**9) if wanted == "auto" else bool(wanted),
     )  # fmt: skip
@@ -140,8 +162,26 @@ def reference(step: Step, artifacts: Artifacts) -> Needs:
     shape, p = shape_for(step, artifacts), step.params
     if shape is None:
         return Needs()
-    disk = sizes.reference_mb(shape, windows=p.windows, context=p.n_ctx)  # type: ignore[attr-defined]
+    disk = sizes.reference_mb(shape, windows=p.windows + p.general_windows, context=p.n_ctx)  # type: ignore[attr-defined]
     return Needs(disk_mb=disk, ram_mb=0 if _has_gpu() else PYTHON_MB + 2 * sizes.checkpoint_mb(shape))
+
+
+def packed(step: Step, artifacts: Artifacts) -> Needs:
+    """The adapter as a 16-bit GGUF file; the base beside it is a second name of a file that is there."""
+    return Needs(disk_mb=round(adapter_gguf_mb(step, artifacts) + 1), ram_mb=PYTHON_MB)
+
+
+def adapter_gguf_mb(step: Step, artifacts: Artifacts) -> float:
+    """The adapter that is loaded beside the file, 16 bits a number; 0 where it is merged, and where nothing is known."""
+    shape, train = shape_for(step, artifacts), step.find("train")
+    if shape is None or train is None or getattr(train.params, "method", "") != "grid-adapter":
+        return 0.0
+    return 2 * sizes.adapter_parameters(shape, train.params.rank) / 1e6  # type: ignore[attr-defined]
+
+
+def placed(shape: ModelShape, label: str) -> list[Placed]:
+    """The linear maps of the layers with the types that a file of this label gives them."""
+    return [p for p in place(shape, label, imatrix=True) if p.matrix in shape.linears]
 
 
 def bundle(step: Step, artifacts: Artifacts) -> Needs:
@@ -149,7 +189,8 @@ def bundle(step: Step, artifacts: Artifacts) -> Needs:
     shape, source = shape_for(step, artifacts), step.find("quantize/gguf")
     if shape is None or source is None:
         return Needs()
-    return Needs(disk_mb=sizes.bundle_mb(shape, source.params.type))  # type: ignore[attr-defined]
+    size = sizes.bundle_mb(shape, source.params.type)  # type: ignore[attr-defined]
+    return Needs(disk_mb=size + round(adapter_gguf_mb(step, artifacts)))
 
 
 def _is_gguf(params: Params) -> bool:

@@ -18,13 +18,22 @@ def plan(*files: Tables, upto: str = "", stages: Sequence[Stage[Any]] = STAGES) 
     and for an `upto` that names nothing.
     """
     steps: list[Step] = []
+    rows = [row for f in files for row in f.rows]
+    given = {s.id: p for s, p in rows if not s.listed}
     for stage in stages:
-        for params in (p for f in files for s, p in f.rows if s is stage):
+        if stage.when and not stage.when(given):
+            continue
+        for params in (p for s, p in rows if s is stage or s.id == stage.table):
             steps += _variants(stage, params, steps)
     _refuse_twins(steps)
     if upto:
         steps = _only(steps, upto)
     return steps
+
+
+def standing(name: str, steps: Sequence[Step]) -> dict[str, Step]:
+    """The steps that stand for a stage at the end of these: its own or what replaces it, by variant."""
+    return {variant: step for variant, step in _supply(name, steps).items() if step}
 
 
 def why(step: Step, manifests: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -62,15 +71,26 @@ def _flat(name: str, value: Any) -> dict[str, str]:
 
 def _variants(stage: Stage[Any], params: Params, steps: list[Step]) -> list[Step]:
     """One step for each variant that all of the stage's needs can supply."""
-    supply = {n: {s.variant: s for s in steps if n in (s.stage.name, s.stage.id)} for n in stage.needs}
+    supply = {name: _supply(name, steps) for name in (*stage.needs, *stage.takes)}
     variants = dict.fromkeys(v for by in supply.values() for v in by if v) or {"": None}
     made = []
     for variant in variants:
-        found = {n: by.get(variant, by.get("")) for n, by in supply.items()}
-        inputs = {n: step for n, step in found.items() if step}
-        if len(inputs) == len(stage.needs):
+        found = {name: by.get(variant, by.get("")) for name, by in supply.items()}
+        inputs = {name: step for name, step in found.items() if step}
+        if all(name in inputs for name in stage.needs):
             made.append(Step(stage, params, variant or params.label(), inputs))
     return made
+
+
+def _supply(name: str, steps: Sequence[Step]) -> dict[str, Step | None]:
+    """What stands for a stage at the end of `steps`, by variant. None: the variant has nothing that does any more."""
+    found: dict[str, Step | None] = {}
+    for step in steps:
+        if name in (step.stage.name, step.stage.id, *step.stage.replaces):
+            found[step.variant] = step
+        elif name in step.stage.hides:
+            found[step.variant] = None
+    return found
 
 
 def _refuse_twins(steps: list[Step]) -> None:

@@ -34,7 +34,8 @@ class Tables:
 def load(path: Path, *, per_target: bool = False, stages: Sequence[Stage[Any]] = STAGES) -> Tables:
     """Read a recipe, or with `per_target` a target file. Raises RecipeError listing every mistake in it."""
     document = _read(path)
-    stages = [s for s in stages if s.per_target == per_target]
+    planned = [s for s in stages if s.per_target == per_target]
+    stages = [s for s in planned if not s.table]
     top, problems = _top_level(document, per_target)
     rows: list[tuple[Stage[Any], Params]] = []
     known = dict.fromkeys(s.name for s in stages)
@@ -51,6 +52,7 @@ def load(path: Path, *, per_target: bool = False, stages: Sequence[Stage[Any]] =
                 rows.append((stage, _check(stage, table, where, path.parent)))
             except RecipeError as e:
                 problems.append(str(e))
+    problems = problems or _out_of_place(document, rows, planned)
     if problems:
         raise RecipeError(f"{path} cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
     return Tables(path.stem, path, tuple(rows), **top)
@@ -109,6 +111,23 @@ def _tables(name: str, value: Any, stages: Sequence[Stage[Any]]) -> list[tuple[s
     if isinstance(value, list):
         return [(f"{name}[{i}]", dict(v) if isinstance(v, dict) else v) for i, v in enumerate(value)]
     return [(name, dict(value))]
+
+
+def _out_of_place(
+    document: dict[str, Any], rows: Sequence[tuple[Stage[Any], Params]], stages: Sequence[Stage[Any]]
+) -> list[str]:
+    """Tables of stages that this recipe does not have, and listed tables that it must have and has not."""
+    given = {stage.id: params for stage, params in rows if not stage.listed}
+    problems = []
+    for name in document:
+        conditions = [s.when for s in stages if s.name == name]
+        if all(when is not None and not when(given) for when in conditions):
+            words = " or ".join(dict.fromkeys(str(when) for when in conditions))
+            problems.append(f"[{name}]: this recipe has no such step; it would with {words}")
+    for stage, params in rows:
+        if (wanted := params.wants_table()) and wanted not in document:
+            problems.append(f"{stage.name}: as it is set up it needs a [[{wanted}]] table, and there is none")
+    return problems
 
 
 def _pick(stages: Sequence[Stage[Any]], name: str, table: dict[str, Any], where: str) -> Stage[Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft import __version__
 from edgeft.build import Report, Result
-from edgeft.stage import Artifact
+from edgeft.stage import Artifact, Step
 from edgeft.store import Store, read_manifest, write_atomically
 
 if TYPE_CHECKING:
@@ -39,17 +40,17 @@ def certify(report: Report, store: Store, recipe: str, recipe_path: str) -> Cert
     from edgeft.parity import collected, page
     from edgeft.stages.export_bundle import predicted, target
 
-    by_variant = {
-        r.step.variant: _made(report, r.step.variant) for r in built(report, "verify") if r.artifact
-    }
+    made = {r.step.key: r.artifact for r in report.results if r.artifact}
+    by_variant = {r.step.variant: _behind(r.step, made) for r in built(report, "verify")}
     if not by_variant:
         return None
+    others = {r.step.stage.id: r.artifact.facts for r in report.results if r.artifact}
+    device, serve = others.get("device", {}), others.get("serve", {})
     folder = store.root / "reports" / recipe
     keys = {r.step.title: r.step.key for r in report.results if r.artifact}
     if known := _known(folder, keys):
         return known
-    files, made = [], next(iter(by_variant.values()))
-    device, serve = (made[name].facts if name in made else {} for name in ("device", "serve"))
+    files = []
     for variant, steps in by_variant.items():
         label = steps["quantize/gguf"].facts["type"]
         memory = (
@@ -62,9 +63,12 @@ def certify(report: Report, store: Store, recipe: str, recipe_path: str) -> Cert
         )
         files.append(collected.file(steps, gate.limits(), memory_mb=memory))  # type: ignore[attr-defined]
     found = collected.certificate(
-        files, made, name=recipe, command=f"edgeft build {recipe_path}", target=target(device) if device else {},
-        when=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions(report), keys=keys,
+        files, next(iter(by_variant.values())), name=recipe, command=f"edgeft build {recipe_path}",
+        target=target(device) if device else {}, when=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=_versions(report), keys=keys,
     )  # fmt: skip
+    references = dict.fromkeys(steps["reference"].facts["title"] for steps in by_variant.values())
+    found = replace(found, reference="; ".join(references))
     write_atomically(
         folder / "certificate.json", json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
     )
@@ -84,11 +88,12 @@ def _known(folder: Path, keys: dict[str, str]) -> Certificate | None:
     return found if noted == keys and found.edgeft == __version__ and page.is_file() else None
 
 
-def _made(report: Report, variant: str) -> dict[str, Artifact]:
-    """The finished steps that a variant stands on, by stage name or name/kind."""
-    return {
-        r.step.stage.id: r.artifact for r in report.results if r.artifact and r.step.variant in ("", variant)
-    }
+def _behind(step: Step, made: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """What a step and those before it left, under the names by which the step takes them."""
+    sources = {**step.inputs, step.stage.id: step}
+    if imatrix := step.find("imatrix"):
+        sources["imatrix"] = imatrix
+    return {name: made[source.key] for name, source in sources.items() if source.key in made}
 
 
 def _versions(report: Report) -> dict[str, str]:
@@ -141,13 +146,12 @@ def _seconds(result: Result) -> float:
 def as_markdown(document: dict[str, Any]) -> str:
     """The same for people."""
     steps = document["steps"]
-    facts = {s["stage"]: s["facts"] for s in steps}
     lines = [f"# {document['recipe']} for {document['target'] or 'no target'}", ""]
     lines += [
         f"**{'Built.' if document['ok'] else 'Not built: ' + str(document['error'])}** {document['machine']}",
         "",
     ]
-    lines += _training(facts.get("train", {}))
+    lines += _training(steps)
     lines += _files(steps)
     lines += _answers(steps)
     lines += ["## Steps", "", "| step | | seconds | what came of it |", "|---|---|---|---|"]
@@ -158,22 +162,28 @@ def as_markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _training(train: dict[str, Any]) -> list[str]:
-    if "heldout_loss" not in train:
+def _training(steps: list[dict[str, Any]]) -> list[str]:
+    trained = [s for s in steps if s["stage"] == "train" and "heldout_loss" in s["facts"]]
+    if not trained:
         return []
-    before, after = train["heldout_loss_base"], train["heldout_loss"]
-    return [
-        "## Training", "",
-        (f"Held-out loss on answers, nats per token: **{before:.3f}** (base) → **{after:.3f}** (trained); "
-        f"{train['method']} on {train['device']}, {train['steps']} steps."), "",
-    ]  # fmt: skip
+    lines = ["## Training", ""]
+    for step in trained:
+        f = step["facts"]
+        title = f"{step['variant']}: " if step["variant"] else ""
+        started = f.get("started_from", "base")
+        lines += [
+            (f"{title}Held-out loss on answers, nats per token: **{f['heldout_loss_base']:.3f}** ({started}) → "
+            f"**{f['heldout_loss']:.3f}** (trained); {f['method']} on {f['device']}, {f['steps']} steps."), "",
+        ]  # fmt: skip
+    return lines
 
 
 def _files(steps: list[dict[str, Any]]) -> list[str]:
-    files = {s["variant"]: s["facts"] for s in steps if s["stage"] == "quantize/gguf" and s["facts"]}
-    measured = {s["variant"]: s["facts"] for s in steps if s["stage"] == "verify" and s["facts"]}
+    found = {stage: {s["variant"]: s["facts"] for s in steps if s["stage"] == stage and s["facts"]} for stage in (
+        "quantize/gguf", "tune", "pack", "start", "verify")}  # fmt: skip
+    final = found["tune"] or found["pack"] or found["quantize/gguf"]
     gates = {s["variant"]: s for s in steps if s["stage"] == "gate"}
-    if not files:
+    if not any(found.values()):
         return []
     lines = [
         "## Files against the trained model", "",
@@ -182,13 +192,42 @@ def _files(steps: list[dict[str, Any]]) -> list[str]:
         "| file | MB | bits/weight | types inside | PPL ratio | KLD | same top | kept | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for variant, f in files.items():
-        types = ", ".join(f"{name} ×{n}" for name, n in f["types"].items())
-        row = [variant, f"{f['bytes'] / 1e6:,.1f}", f"{f['bits_per_weight']:.2f}", types]
-        row += _numbers(measured.get(variant))
+    for variant, facts in found["start"].items():
+        title = f"{variant}, before the rounding was trained"
+        lines.append(_row([title, *_inside(found["quantize/gguf"][variant]), *_numbers(facts), "—"]))
+    for variant, facts in final.items():
         gate = gates.get(variant, {"state": "not tried", "error": None})
-        row.append({"made": "PASS", "stored": "PASS"}.get(gate["state"], _verdict(gate["error"])))
-        lines.append("| " + " | ".join(_cell(c) for c in row) + " |")
+        verdict = {"made": "PASS", "stored": "PASS"}.get(gate["state"], _verdict(gate["error"]))
+        lines.append(_row([variant, *_inside(facts), *_numbers(found["verify"].get(variant)), verdict]))
+    return [*lines, "", *_tuned(found["verify"])]
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(_cell(c) for c in cells) + " |"
+
+
+def _inside(f: dict[str, Any]) -> list[str]:
+    types = ", ".join(f"{name} ×{n}" for name, n in f["types"].items())
+    beside = f" (adapter {f['adapter_bytes'] / 1e6:,.1f})" if "adapter_bytes" in f else ""
+    return [f"{f['bytes'] / 1e6:,.1f}{beside}", f"{f['bits_per_weight']:.2f}", types]
+
+
+def _tuned(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """The file that was quantized, and what training through its rounding made of it, on the same windows."""
+    rows = [(variant, f["over_start"]) for variant, f in measured.items() if "over_start" in f]
+    if not rows:
+        return []
+    lines = [
+        "## What training through the rounding changed", "",
+        ("Mean loss of the two files in nats per token, in llama.cpp, on the same tokens, and the paired difference with "
+        "its 95 % bounds. In the table above each is held against the model that it was made from: the plain file against "
+        "the adapter's training, which had only its share of the steps, the other against the model as it was tuned."), "",
+        "| file | text | plain | tuned | difference |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for variant, texts in rows:
+        for name, m in texts.items():
+            change = f"{m['change']:+.4f} ({m['low']:+.4f} to {m['high']:+.4f})"
+            lines.append(_row([variant, name, f"{m['start']:.4f}", f"{m['loss']:.4f}", change]))
     return [*lines, ""]
 
 

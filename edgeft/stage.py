@@ -50,6 +50,10 @@ class Params(BaseModel):
         """Names this variant when a recipe lists the table more than once."""
         return ""
 
+    def wants_table(self) -> str:
+        """A table that a recipe must list for these parameters to make sense; "" for none."""
+        return ""
+
 
 P = TypeVar("P", bound=Params)
 
@@ -99,6 +103,23 @@ class Requirement(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Where:
+    """Which recipes have a stage: those whose `[table]` gives `key` one of `values`."""
+
+    table: str
+    key: str
+    values: tuple[str, ...]
+
+    def __call__(self, given: Mapping[str, Params]) -> bool:
+        """Whether a recipe with these tables, by stage, has it."""
+        return getattr(given.get(self.table), self.key, None) in self.values
+
+    def __str__(self) -> str:
+        *others, last = (f'"{value}"' for value in self.values)
+        return f"{self.table}.{self.key} = " + (f"{', '.join(others)} or {last}" if others else last)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Generic[P]):
     """One row of the pipeline: plain data and one plain function."""
 
@@ -109,6 +130,13 @@ class Stage(Generic[P]):
     """Tells alternatives of one name apart: quantize/gguf, quantize/awq."""
     needs: tuple[str, ...] = ()
     """Upstream stages by name, or by name/kind. They must stand earlier in STAGES."""
+    takes: tuple[str, ...] = ()
+    """Upstream stages whose results are inputs too where the plan has them."""
+    replaces: tuple[str, ...] = ()
+    """Stages for which this one's result stands from here on: whoever below needs one of them gets this, variant by
+    variant, under that name."""
+    hides: tuple[str, ...] = ()
+    """Stages whose results those below no longer take: they are not on the way to this variant's file any more."""
     makes: tuple[str, ...] = ()
     """Files that must exist under `out` when `run` returns."""
     tools: tuple[Requirement, ...] = ()
@@ -121,6 +149,10 @@ class Stage(Generic[P]):
     """`out` survives a crash and `run` picks up from it."""
     listed: bool = False
     """Runs once for each `[[name]]` table that the recipe writes, and not at all without one."""
+    table: str = ""
+    """Has no table of its own: takes its parameters from the tables of that other stage (name, or name/kind)."""
+    when: Where | None = None
+    """Recipes that have this stage at all; None: all of them."""
     check: Callable[[Step, Mapping[str, Artifact]], None] | None = None
     """Refuses the step before anything runs, from its parameters, its inputs' parameters and whatever
     artifacts (by step key) are already there. Raises an EdgeftError."""
@@ -176,5 +208,6 @@ class Step:
                 queue += step.inputs.values()
 
     def find(self, name: str) -> Step | None:
-        """The nearest step above (or this one) of the stage called `name`, by name or by name/kind."""
-        return next((s for s in self.above() if name in (s.stage.name, s.stage.id)), None)
+        """The nearest step above (or this one) of the stage called `name`, by name or by name/kind, or of one that
+        takes its parameters from that stage's tables."""
+        return next((s for s in self.above() if name in (s.stage.name, s.stage.id, s.stage.table)), None)

@@ -16,6 +16,8 @@ import pytest
 from edgeft.bundle import Settings, modelfile, run_script, server_arguments, verify_bundle, write_bundle
 from edgeft.bundle.papers import notices, readme
 from edgeft.errors import DataError, FitError, RecipeError
+from edgeft.llamacpp import adapter as lora
+from edgeft.llamacpp import header
 from edgeft.recipe import load
 from edgeft.resources import folder
 from edgeft.stage import Artifact, Job, Step
@@ -345,3 +347,57 @@ def test_nothing_is_said_about_a_base_that_is_not_here(tmp_path, monkeypatch):
     config_file(folder / "model", LLAMA_8B)
     with pytest.raises(FitError):
         export_bundle.check(unknown, {hub.key: Artifact(base.STAGE, hub.key, folder, {})})
+
+
+ADAPTER = {
+    "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0,
+}  # fmt: skip
+
+
+def two_files(folder, change=b""):
+    """A base, and an adapter that says it is for the base before `change` was appended to its weights."""
+    folder.mkdir(exist_ok=True)
+    base, adapter = folder / "model.gguf", folder / "adapter.gguf"
+    header.write(base, {"general.architecture": "llama"}, {"output_norm.weight": ((2,), bytes(8))})
+    keys = {**ADAPTER, lora.BASE_KEY: lora.base_hash(base)}
+    header.write(adapter, keys, {"x.lora_a": ((2, 1), bytes(8)), "x.lora_b": ((1, 2), bytes(8))})
+    if change:
+        header.write(base, {"general.architecture": "llama"}, {"output_norm.weight": ((2,), change)})
+    return {"model.gguf": base, "adapter.gguf": adapter}
+
+
+def test_a_bundle_of_two_files_says_which_weights_belong_together(tmp_path):
+    files = two_files(tmp_path)
+    manifest = write_bundle(tmp_path / "b.tar.zst", files, {"format": 1})
+    assert verify_bundle(tmp_path / "b.tar.zst") == manifest
+    assert set(manifest["files"]) == {"model.gguf", "adapter.gguf"}
+    hashed = lora.base_hash(files["model.gguf"])
+    assert manifest["adapter"] == {"base_tensors_sha256": hashed, "tensor_bytes": 16}
+    assert "adapter" not in write_bundle(tmp_path / "c.tar.zst", {"model.gguf": files["model.gguf"]}, {})
+
+
+def test_an_adapter_of_another_base_is_not_packed(tmp_path):
+    with pytest.raises(DataError, match="was trained on other weights"):
+        write_bundle(tmp_path / "b.tar.zst", two_files(tmp_path, change=b"12345678"), {})
+    files = two_files(tmp_path)
+    with pytest.raises(DataError, match=r"needs both files on the disk, it and its base model\.gguf"):
+        write_bundle(tmp_path / "b.tar.zst", {"adapter.gguf": files["adapter.gguf"]}, {})
+    assert not (tmp_path / "b.tar.zst").exists()
+
+
+def test_the_adapter_is_started_with_its_base(tmp_path):
+    script = run_script(SETTINGS, llama_cpp="abc", adapter=True)
+    (tmp_path / "run.sh").write_bytes(script)
+    echo = tmp_path / "llama-server"
+    echo.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done\n')
+    echo.chmod(0o755)
+    said = subprocess.run(
+        ["sh", tmp_path / "run.sh"], env={"PATH": "/usr/bin:/bin"}, text=True, capture_output=True, check=True
+    ).stdout.splitlines()
+    assert said[:4] == ["--model", f"{tmp_path}/model.gguf", "--lora", f"{tmp_path}/adapter.gguf"]
+    assert b"--lora" not in run_script(SETTINGS, llama_cpp="abc")
+    ollama = modelfile(SETTINGS, [], adapter=True).decode().splitlines()
+    assert ollama.index("ADAPTER ./adapter.gguf") == ollama.index("FROM ./model.gguf") + 1
+    assert b"ADAPTER" not in modelfile(SETTINGS, [])
+    told = {"name": "x", "board": "y", "llama_cpp": "z", "port": 1, "host": "h", "system": "", "numbers": {}}
+    assert b"adapter.gguf" in readme(**told, adapter=True) and b"adapter.gguf" not in readme(**told)

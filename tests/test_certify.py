@@ -23,6 +23,7 @@ def test_the_command_can_be_repeated_as_it_stands_in_the_certificate():
 
     given = {
         "via": [Path("a b"), Path("c.gguf")],
+        "board_logs": [Path("pi.log")],
         "adapter": None,
         "windows": 32,
         "qlora": True,
@@ -30,7 +31,10 @@ def test_the_command_can_be_repeated_as_it_stands_in_the_certificate():
         "max_kld": 0.1,
     }
     said = command_line(Path("base"), Path("q4.gguf"), given)
-    assert said == "edgeft certify base q4.gguf --via 'a b' --via c.gguf --windows 32 --qlora --max-kld 0.1"
+    assert (
+        said
+        == "edgeft certify base q4.gguf --via 'a b' --via c.gguf --board-log pi.log --windows 32 --qlora --max-kld 0.1"
+    )
 
 
 def test_an_unknown_tier_is_answered_with_the_known_ones(tmp_path):
@@ -149,6 +153,72 @@ def test_the_command_writes_page_and_numbers_and_ends_with_the_verdict(chain, tm
     assert (tmp_path / "out/domain.kld").is_file() and not list((tmp_path / "out").glob(".certify-*"))
 
 
+def portable():
+    """The stock llama-perplexity with the portable kernels: another processor's, as far as one machine can have them."""
+    from edgeft import llamacpp
+
+    tool = llamacpp.ensure("perplexity") / "llama-perplexity"
+    return ["env", f"LD_LIBRARY_PATH={llamacpp.ensure('portable')}", str(tool)]
+
+
+def board_log(to, base, file, program):
+    from edgeft.llamacpp import stock
+    from edgeft.llamacpp.base_file import read_base
+    from edgeft.tool import run
+
+    to.write_text(run(stock.command(program, base, file, n_ctx=read_base(base).n_ctx, threads=1)))
+    return to
+
+
+@pytest.mark.slow
+def test_the_log_of_other_kernels_becomes_the_last_step_and_that_of_a_broken_file_fails_there(
+    chain, tmp_path
+):
+    """The stock tool with portable kernels on the base file that is left; then on the file with a zeroed tensor."""
+    asked = {"reference": chain.f16, "adapter": None, "via": (), "questions": 0, "floor_windows": 2}
+    first = certified(chain, tmp_path, **asked)
+    assert first.verdict == "PASS" and first.served == []
+    base = tmp_path / "work/domain.kld"
+    fine = board_log(tmp_path / "fine.log", base, chain.q8, portable())
+    (tmp_path / "again").mkdir()
+    file = certified(chain, tmp_path / "again", **asked, board_logs=(fine,))
+    assert (file.verdict, file.culprit) == ("PASS", ""), file.because
+    assert [s.step for s in file.steps] == ["trained", "quantized", "served"]
+    assert file.served[0].limit == max(2 * file.floor["largest"], 1e-4) and file.checks[-1].ok
+    assert file.findings[: len(first.findings)] == first.findings, (
+        "a board changes nothing of what was measured here"
+    )
+
+    broken = chain.copy(tmp_path / "chain")
+    faults.tensor_zeroed(broken)
+    bad = board_log(tmp_path / "bad.log", base, broken.q8, portable())
+    (tmp_path / "bad").mkdir()
+    file = certified(chain, tmp_path / "bad", **asked, board_logs=(bad,))
+    assert (file.verdict, file.culprit) == ("FAIL", "served"), file.because
+
+    other = board_log(tmp_path / "other.log", base, chain.f16, portable())
+    (tmp_path / "other").mkdir()
+    file = certified(chain, tmp_path / "other", **asked, board_logs=(other,))
+    assert (file.verdict, file.culprit) == ("FAIL", "served") and "of another file" in file.because[0]
+
+    (tmp_path / "windows").mkdir()
+    with pytest.raises(DataError, match="of another base file: 8 windows of 64"):
+        certified(chain, tmp_path / "windows", **asked, windows=7, board_logs=(fine,))
+
+
+def test_a_boards_log_needs_a_noise_floor_and_is_read_before_the_models(tmp_path):
+    from edgeft.parity.certify import Request, certify
+    from edgeft.parity.gates import Limits
+
+    shipped = tmp_path / "x.gguf"
+    shipped.touch()
+    asked = Request(reference=tmp_path, shipped=shipped, board_logs=(tmp_path / "no.log",))
+    with pytest.raises(DataError, match=r"no\.log cannot be read"):
+        certify(asked, Limits.of("parity"), tmp_path)
+    with pytest.raises(DataError, match="held against the noise floor"):
+        certify(replace(asked, floor_windows=0), Limits.of("parity"), tmp_path)
+
+
 @pytest.mark.slow
 class TestOnSmolLM2:
     """Numbers need a model that says something."""
@@ -180,6 +250,39 @@ class TestOnSmolLM2:
         assert (file.verdict, file.culprit, file.tier) == ("FAIL", "quantized", "")
         assert any("KL divergence" in reason for reason in file.because)
         assert all(c.ok is not False for c in file.checks), "nothing is broken in it: it is only too coarse"
+
+    def test_a_cortex_a76_passes_as_the_last_step_and_another_quantization_run_there_fails(
+        self, files, tmp_path
+    ):
+        """Emulated: the only ARM kernels there are without a board. Then a log of the Q2_K, which ran here."""
+        import shutil
+
+        from edgeft import llamacpp
+        from edgeft.parity.certify import Request, certify
+        from edgeft.parity.gates import Limits
+
+        qemu = shutil.which("qemu-aarch64-static")
+        if not qemu or not llamacpp.built("perplexity-a76"):
+            pytest.skip(
+                "no emulator, or llama-perplexity is not compiled for it: benchmarks/stock_tool.py does that"
+            )
+        (tmp_path / "work").mkdir()
+        asked = Request(reference=files["F16"], shipped=files["Q8_0"], windows=4, n_ctx=64, questions=0)
+        (first,) = certify(asked, Limits.of("parity"), tmp_path / "work").files
+        assert first.served == []
+        base, tool = tmp_path / "work/domain.kld", llamacpp.ensure("perplexity-a76") / "llama-perplexity"
+        pi = board_log(tmp_path / "pi.log", base, files["Q8_0"], [qemu, "-cpu", "cortex-a76", str(tool)])
+        (file,) = certify(replace(asked, board_logs=(pi,)), Limits.of("parity"), tmp_path / "work").files
+        (on_board,) = [f for f in file.findings if f.metric == "moved on the board"]
+        assert on_board.verdict == "PASS", on_board.said
+        assert file.steps[-1].step == "served" and "FP16_VA = 1" in file.served[0].kernels
+        assert not any("may not be a board's" in note for note in file.notes)
+
+        cheap = board_log(tmp_path / "cheap.log", base, files["Q2_K"], portable())
+        (file,) = certify(replace(asked, board_logs=(cheap,)), Limits.of("parity"), tmp_path / "work").files
+        assert (file.verdict, file.culprit) == ("FAIL", "served")
+        (on_board,) = [f for f in file.findings if f.metric == "moved on the board"]
+        assert on_board.verdict == "FAIL", "the numbers alone say it too"
 
     def test_twenty_certificates_of_q8_0_against_its_own_source_raise_no_false_alarm(self, files, tmp_path):
         """Each on other windows. The numbers alone: the exact checks do not depend on the windows."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -180,6 +182,92 @@ def test_a_limit_within_the_error_of_measurement_ends_with_6_and_says_what_would
     assert "is UNDECIDED" in done.stderr and "more windows would decide" in done.stderr
 
 
+ONE = RECIPE.replace('[[quantize]]\nkind = "gguf"\ntype = "Q8_0"\n', "")
+"""The recipe with its four-bit file only."""
+
+
+@pytest.fixture(scope="session")
+def adapted(project) -> Path:
+    """The project built with mode B; its store."""
+    (project / "adapted.toml").write_text(ONE.replace('"qlora"', '"grid-adapter"'))
+    done = edgeft("build", "adapted.toml", "--store", "grid", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project / "grid"
+
+
+def test_with_grid_adapter_base_and_adapter_ship_and_say_what_training_said(project, adapted):
+    (verified,) = facts(adapted, "verify")
+    assert verified["comparisons"]["domain"]["kld"] < 1e-4 and verified["floor"]["largest"] >= 0
+    (packed,), (trained,) = facts(adapted, "pack"), facts(adapted, "train")
+    assert (
+        trained["started_from"] == "base in Q4_0" and packed["adapter"]["layers"] == trained["adapted_layers"]
+    )
+    assert trained["heldout_loss"] < trained["heldout_loss_base"] - 0.05
+    bundle = next(adapted.glob("done/export-bundle-*"))
+    assert {"model.gguf", "adapter.gguf"} <= {
+        Path(name).name for name in facts(adapted, "export/bundle")[0]["files"]
+    }
+    assert json.loads((bundle / "manifest.json").read_text())["adapter"]
+    document = json.loads((adapted / "reports/adapted/certificate.json").read_text())
+    (file,) = document["files"]
+    assert [s["step"] for s in file["steps"]] == ["base", "trained", "quantized"]
+    assert {c["step"] for c in file["checks"]} == {"text", "gguf", "quantized", "served"}
+    assert all(c["ok"] for c in file["checks"]) and packed["adapter"]["base_sha256"]
+
+
+def test_with_grid_adapter_the_gain_is_told_against_the_base_in_16_bits(project, adapted):
+    (project / "plain.toml").write_text(ONE.replace('"qlora"', '"lora"'))
+    done = edgeft("build", "plain.toml", "--store", "grid", "--upto", "reference", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = (f["ppl_base"] for f in facts(adapted, "reference"))
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_chat_loads_the_adapter_that_lies_beside_the_model(project, adapted):
+    question = ("What is anemia?", "--max-tokens", "8", "--store", "grid")
+    tuned = edgeft("chat", "adapted.toml", *question, cwd=project)
+    bare = edgeft("chat", next(adapted.glob("done/quantize-grid-*/model.gguf")), *question, cwd=project)
+    assert tuned.returncode == bare.returncode == 0, tuned.stderr + bare.stderr
+    assert tuned.stdout != bare.stdout
+
+
+@pytest.fixture(scope="session")
+def tuned(project) -> Path:
+    """The project built with mode C; its store."""
+    more = ONE.replace('"qlora"', '"grid-merged"').replace("max_steps = 8", "max_steps = 16")
+    (project / "tuned.toml").write_text(more)
+    done = edgeft("build", "tuned.toml", "--store", "tuned", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project / "tuned"
+
+
+def test_with_grid_merged_the_same_file_with_other_codes_says_more_of_what_was_taught(project, tuned):
+    (tune,), (start,) = facts(tuned, "tune"), facts(tuned, "quantize/gguf")
+    (verified,) = facts(tuned, "verify")
+    assert (tune["bytes"], tune["types"]) == (start["bytes"], start["types"])
+    assert tune["training"]["steps"] == 8
+    assert all(c["ok"] for c in tune["checks"]) and "trained tensors" in {c["name"] for c in tune["checks"]}
+    moved = verified["over_start"]["domain"]
+    assert moved["loss"] < moved["start"] - 0.02 and moved["low"] <= moved["change"] <= moved["high"]
+    assert verified["comparisons"]["domain"]["kld"] < 1e-4
+    (before,) = facts(tuned, "start")
+    assert before["comparisons"]["domain"]["ppl"] == pytest.approx(math.exp(moved["start"]))
+
+
+def test_with_grid_merged_the_report_has_both_files_and_the_certificate_the_tuned_one(project, tuned):
+    report = (tuned / "reports/tuned/report.md").read_text()
+    assert "| q4_0, before the rounding was trained |" in report and "\n| q4_0 | " in report
+    assert "## What training through the rounding changed" in report
+    (file,) = json.loads((tuned / "reports/tuned/certificate.json").read_text())["files"]
+    assert [s["step"] for s in file["steps"]] == ["base", "trained", "quantized"]
+    assert any("training through the rounding changed the loss" in note for note in file["notes"])
+    assert all(c["ok"] for c in file["checks"])
+    (made,) = tuned.glob("done/tune-*/model.gguf")
+    assert file["sha256"] == hashlib.sha256(made.read_bytes()).hexdigest()
+    shown = edgeft("show", "tuned.toml", "tune", "--store", "tuned", cwd=project)
+    assert '"learn_scales": true' in shown.stdout
+
+
 def test_kill_9_in_every_stage_and_the_same_command_ends_with_the_same_bytes(project, built):
     """Kills the build the first time it starts each stage; training also in the middle."""
     killed: set[str] = set()
@@ -189,7 +277,9 @@ def test_kill_9_in_every_stage_and_the_same_command_ends_with_the_same_bytes(pro
         if victim is None:
             break
         killed.add(victim)
-    assert {name.split(" ")[0] for name in killed} >= {s.id for s in STAGES if s.extra}
+    assert {name.split(" ")[0] for name in killed} >= {
+        s.id for s in STAGES if s.extra and not (s.when and "qlora" not in s.when.values)
+    }
     done = edgeft("build", "tiny.toml", "--store", "killed", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(project / "killed") == results(built)

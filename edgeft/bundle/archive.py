@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from edgeft import progress
 from edgeft.errors import DataError
+from edgeft.llamacpp.adapter import ADAPTER, MODEL, check_base, tensor_bytes
 
 MANIFEST = "manifest.json"
 EXECUTABLE = {"run.sh"}
@@ -25,13 +26,15 @@ def write_bundle(
 ) -> dict[str, Any]:
     """Pack `contents` (name in the bundle -> file or bytes) and a manifest, and return the manifest.
 
-    The manifest is `about` and the size and sha256 of every file. Names are sorted, owners and times zero,
+    The manifest is `about` and the size and sha256 of every file. Beside `model.gguf`, an `adapter.gguf` must be for
+    this very model (DataError); `adapter` in the manifest then says which weights that are. Names are sorted, owners and times zero,
     and zstd runs in one thread at a fixed level, so the same contents give the same bytes with the same
     version of zstd. The file appears under its name only when it is whole.
     """
     import zstandard
 
     manifest = {**about, "files": {name: _fingerprint(contents[name]) for name in sorted(contents)}}
+    manifest |= _pair(contents)
     text = (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
     total = sum(f["bytes"] for f in manifest["files"].values())
     aside = out.with_name(f".{out.name}.{os.getpid()}")
@@ -146,6 +149,18 @@ def _manifest(text: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DataError(f"{MANIFEST} in {path} lists no files", hint=_AGAIN)
     return manifest
+
+
+def _pair(contents: Mapping[str, Content]) -> dict[str, Any]:
+    """What the manifest says of an adapter, nothing without one. Raises DataError when it is for another base."""
+    if ADAPTER not in contents:
+        return {}
+    base, adapter = contents.get(MODEL), contents[ADAPTER]
+    if not isinstance(base, Path) or not isinstance(adapter, Path):
+        raise DataError(f"a bundle with {ADAPTER} needs both files on the disk, it and its base {MODEL}")
+    return {
+        "adapter": {"base_tensors_sha256": check_base(base, adapter), "tensor_bytes": tensor_bytes(adapter)}
+    }
 
 
 def _add(tar: tarfile.TarFile, name: str, content: Content) -> None:

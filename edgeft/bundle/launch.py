@@ -56,8 +56,12 @@ def server_arguments(s: Settings) -> list[str]:
     ]  # fmt: skip
 
 
-def run_script(s: Settings, *, llama_cpp: str) -> bytes:
-    """A POSIX shell script that starts llama-server on the model beside it; its own arguments come last and win."""
+def run_script(s: Settings, *, llama_cpp: str, adapter: bool = False) -> bytes:
+    """A POSIX shell script that starts llama-server on the model beside it; its own arguments come last and win.
+
+    `adapter`: adapter.gguf lies beside the model and is part of it.
+    """
+    files = '--model "$here/model.gguf"' + (' --lora "$here/adapter.gguf"' if adapter else "")
     lines = [
         "#!/bin/sh",
         f"# Starts llama-server on the model in this folder. Made with llama.cpp {llama_cpp}.",
@@ -71,13 +75,13 @@ def run_script(s: Settings, *, llama_cpp: str) -> bytes:
         '    echo "llama-server was found neither beside this script nor on PATH: see README.txt" >&2',
         "    exit 127",
         "fi",
-        f'exec "$server" --model "$here/model.gguf" {shlex.join(server_arguments(s))} "$@"',
+        f'exec "$server" {files} {shlex.join(server_arguments(s))} "$@"',
     ]
     return ("\n".join(lines) + "\n").encode()
 
 
-def modelfile(s: Settings, stop: Sequence[str]) -> bytes:
-    """A Modelfile for `ollama create`.
+def modelfile(s: Settings, stop: Sequence[str], *, adapter: bool = False) -> bytes:
+    """A Modelfile for `ollama create`; `adapter`: with the adapter beside the model.
 
     It has no TEMPLATE: Ollama's templates are Go, the model's is Jinja, and a translation that nobody has
     compared prompt by prompt is worse than none (ollama #8982, #10222).
@@ -91,6 +95,7 @@ def modelfile(s: Settings, stop: Sequence[str]) -> bytes:
         '# with tokenizer.chat_template of the GGUF, or send prompts that you rendered yourself with "raw": true.',
         "# llama-server (run.sh) uses the model's own template.",
         "FROM ./model.gguf",
+        *(("ADAPTER ./adapter.gguf",) if adapter else ()),
         f"PARAMETER num_ctx {s.context}",
         f"PARAMETER temperature {_number(s.temperature)}",
         f"PARAMETER top_k {s.top_k}",

@@ -9,6 +9,10 @@ from edgeft.bundle.archive import Content
 
 _NOTICES = ("notice", "licence", "license", "copying")
 _LARGEST_PAPER = 4_000_000
+_ABOUT_ADAPTER = (
+    "  adapter.gguf    what was trained; it fits this model.gguf alone. llama.cpp does not check that, and answers",
+    "                  with nonsense over another base: copy both files together.",
+)
 
 
 def notices(folder: Path, under: str) -> dict[str, Content]:
@@ -40,9 +44,10 @@ def notice(base: Mapping[str, str], data: Mapping[str, str]) -> bytes:
 
 
 def readme(
-    *, name: str, board: str, llama_cpp: str, port: int, host: str, system: str, numbers: Mapping[str, str]
-) -> bytes:
-    """README.txt for the person at the board."""
+    *, name: str, board: str, llama_cpp: str, port: int, host: str, system: str, numbers: Mapping[str, str],
+    adapter: bool = False,
+) -> bytes:  # fmt: skip
+    """README.txt for the person at the board; `adapter`: the model is two files, base and adapter."""
     message = f'{{"role": "system", "content": "{_json(system)}"}}, ' if system else ""
     lines = [
         f"{name}: a fine-tuned language model for {board}",
@@ -68,6 +73,7 @@ def readme(
         "  model.gguf      the model                 settings.json   what run.sh tells the server",
         "  Modelfile       for Ollama; read its head  manifest.json   sha256 and origin of every file",
         "  NOTICE.txt      base, data, licences       data-card.*     what it was trained on",
+        *(_ABOUT_ADAPTER if adapter else ()),
         "",
         "CHECK",
         "  edgeft's verify_bundle checks the packed file; unpacked, compare sha256sum with manifest.json.",

@@ -19,6 +19,11 @@ from edgeft.progress import Progress
 from edgeft.stage import Facts, Job, Params, Stage
 from edgeft.store import write_atomically
 
+LISTS = ("via", "board_logs")
+"""Options that may be repeated."""
+FLAGS = {"board_logs": "board-log"}
+"""What an option is called where that does not follow from its name."""
+
 
 class Certify(Params):
     """What the child process is told; `request` and `limits` as the parity package takes them."""
@@ -38,7 +43,7 @@ def certify(
     """
     options = {**given, "qlora": qlora, "tier": tier, **numbers, "out": out, "keep-base": keep_base}
     request = {
-        **{k: [str(p) for p in v] if k == "via" else str(v) if isinstance(v, Path) else v for k, v in given.items()},
+        **{k: [str(p) for p in v] if k in LISTS else str(v) if isinstance(v, Path) else v for k, v in given.items()},
         "reference": str(reference), "shipped": str(shipped), "method": "qlora" if qlora else "lora",
         "command": command_line(reference, shipped, options),
     }  # fmt: skip
@@ -72,7 +77,7 @@ def command_line(reference: Path, shipped: Path, options: dict[str, Any]) -> str
     for name, value in options.items():
         for one in value if isinstance(value, list | tuple) else [value]:
             if one not in (None, False, ""):
-                flag = f"--{name.replace('_', '-')}"
+                flag = f"--{FLAGS.get(name, name.replace('_', '-'))}"
                 words += [flag] if one is True else [flag, str(one)]
     return shlex.join(words)
 
@@ -113,7 +118,7 @@ def _run(job: Job[Certify]) -> Facts:
     given = dict(job.params.request)
     paths = ("reference", "shipped", "adapter", "base", "text", "general", "calibration")
     given |= {name: Path(given[name]) for name in paths if given.get(name)}
-    given["via"] = tuple(Path(p) for p in given.get("via", ()))
+    given |= {name: tuple(Path(p) for p in given.get(name, ())) for name in LISTS}
     return asdict(make(Request(**given), Limits(**job.params.limits), job.out))
 
 

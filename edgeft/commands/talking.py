@@ -13,6 +13,7 @@ from edgeft import console
 from edgeft.commands.building import read
 from edgeft.errors import EdgeftError, RecipeError, SetupError
 from edgeft.plan import plan as make_plan
+from edgeft.plan import standing
 from edgeft.stage import Step
 from edgeft.stages.serve import Serve
 from edgeft.store import Store
@@ -69,6 +70,7 @@ def serve_command(found: Found, threads: int, host: str, port: int, api_key: str
     """The pinned llama-server's command line; the server, and with `web` its page, are built now if need be."""
     from edgeft.bundle import Settings, server_arguments
     from edgeft.llamacpp import ensure
+    from edgeft.llamacpp.adapter import lora_arguments
     from edgeft.llamacpp.threads import default_threads
     from edgeft.llamacpp.web import built_web, ensure_web
 
@@ -87,7 +89,7 @@ def serve_command(found: Found, threads: int, host: str, port: int, api_key: str
         gpu=False,
     )
     return [
-        os.fspath(server), "--model", os.fspath(found.path), *server_arguments(settings),
+        os.fspath(server), "--model", os.fspath(found.path), *lora_arguments(found.path), *server_arguments(settings),
         *(("--path", os.fspath(page)) if page else ()), *(("--api-key", api_key) if api_key else ()),
     ]  # fmt: skip
 
@@ -99,9 +101,10 @@ def find(model: Path, variant: str, store: Store) -> Found:
             raise EdgeftError(f"{model} does not exist")
         return Found(model, model.stem, Serve())
     steps = make_plan(*read(model, ""))
-    files = [s for s in steps if s.stage.id == "quantize/gguf" and variant in ("", s.variant)]
+    made = standing("quantize/gguf", steps)
+    files = [step for name, step in made.items() if variant in ("", name)]
     if not files:
-        names = ", ".join(s.variant for s in steps if s.stage.id == "quantize/gguf")
+        names = ", ".join(made)
         raise RecipeError(f"{model} makes no file {variant!r}", hint=f"choose from {names or 'none'}")
     settings = next((s.params for s in steps if isinstance(s.params, Serve)), Serve())
     for step in files:

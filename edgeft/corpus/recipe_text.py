@@ -51,7 +51,8 @@ junk = "drop"
 truncated = "drop"
 
 [train]
-method = "lora"         # the base stays in 16 bits; "qlora" holds it in 4 while training, for a base that would not fit
+method = "lora"         # the base stays in 16 bits; "qlora" holds it in 4 while training, for a base that would not fit;
+                        # for a file of 4 bits or less: "grid-merged" trains on through its rounding
 rank = 16
 alpha = 32
 learning_rate = 5e-4    # about 2e-4 for a base of some billion parameters

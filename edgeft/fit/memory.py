@@ -48,10 +48,12 @@ class Need:
     compute: float
     runtime: float
     """The server process, the vocabulary, and the prompt cache it is allowed."""
+    adapter: float = 0.0
+    """An adapter that is loaded beside the weights."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.repacked + self.kv_cache + self.compute + self.runtime
+        return self.weights + self.repacked + self.kv_cache + self.compute + self.runtime + self.adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +83,16 @@ class Largest:
     """The largest quantization at the shortest context, and that context's largest; ("", 0) when none."""
 
 
-def fits(shape: ModelShape, label: str, serving: Serving, board: Board) -> Fit:
+def fits(shape: ModelShape, label: str, serving: Serving, board: Board, *, adapter_mb: float = 0.0) -> Fit:
     """Whether a model fits a board. Raises RecipeError for an unknown quantization or KV type."""
-    need = predict(shape, label, serving, board)
+    need = predict(shape, label, serving, board, adapter_mb=adapter_mb)
     return Fit(board=board, label=label, serving=serving, need=need, available_mb=board.available_mb)
 
 
-def predict(shape: ModelShape, label: str, serving: Serving, board: Board) -> Need:
-    """The memory llama-server takes, in the memory that has to hold the model.
+def predict(
+    shape: ModelShape, label: str, serving: Serving, board: Board, *, adapter_mb: float = 0.0
+) -> Need:
+    """The memory llama-server takes, in the memory that has to hold the model. `adapter_mb`: of an adapter beside it.
 
     Raises RecipeError for an unknown quantization or KV type.
     """
@@ -103,6 +107,7 @@ def predict(shape: ModelShape, label: str, serving: Serving, board: Board) -> Ne
         kv_cache=kv_bytes(shape, serving) / 1e6,
         compute=compute_bytes(shape, serving) / 1e6,
         runtime=_runtime(shape, serving, board) / 1e6,
+        adapter=adapter_mb,
     )
 
 
@@ -166,10 +171,11 @@ def repackable(kind: str, rows: int, board: Board) -> bool:
 
 
 def largest_that_fits(
-    shape: ModelShape, label: str, serving: Serving, board: Board, labels: Sequence[str] = OFFERED
-) -> Largest:
+    shape: ModelShape, label: str, serving: Serving, board: Board, labels: Sequence[str] = OFFERED, *,
+    adapter_mb: float = 0.0,
+) -> Largest:  # fmt: skip
     """The longest context for this quantization, and the largest quantization (of `labels`) at this context."""
-    needs = {name: predict(shape, name, serving, board) for name in {*labels, label}}
+    needs = {name: predict(shape, name, serving, board, adapter_mb=adapter_mb) for name in {*labels, label}}
     fixed = {name: need.total - need.kv_cache - need.compute for name, need in needs.items()}
     by_size = sorted(labels, key=lambda name: -needs[name].weights)
     shortest = replace(serving, context=min(serving.context, 512))
@@ -191,15 +197,15 @@ def refusal(shape: ModelShape, fit: Fit) -> tuple[str, str]:
     s, need, board = fit.serving, fit.need, fit.board
     slots = f" for each of {s.parallel} conversations" if s.parallel > 1 else ""
     parts = ", ".join(f"{n} {_size(v)}" for n, v in (
-        ("weights", need.weights), ("repacked copies", need.repacked), ("KV cache", need.kv_cache),
-        ("buffers", need.compute), ("server", need.runtime),
+        ("weights", need.weights), ("repacked copies", need.repacked), ("adapter", need.adapter),
+        ("KV cache", need.kv_cache), ("buffers", need.compute), ("server", need.runtime),
     ) if v >= 0.5)  # fmt: skip
     about = "" if shape.exact else f" (estimated: {shape.architecture or 'this architecture'} is not known)"
     message = (
         f"{fit.label} with a context of {s.context}{slots} (KV {s.kv_type}) needs {_size(need.total)} of "
         f"{board.memory} ({parts}){about}; {board.name} leaves {_size(fit.available_mb)} for a model"
     )
-    best = largest_that_fits(shape, fit.label, s, board)
+    best = largest_that_fits(shape, fit.label, s, board, adapter_mb=need.adapter)
     options = []
     if best.context:
         options.append(f"{fit.label} with a context of {best.context}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edgeft.fit.quant import file_bytes
+from edgeft.fit.quant import file_bytes, place
 from edgeft.fit.shape import ModelShape
 
 NF4_BYTES = (4 + 0.127) / 8
@@ -59,17 +59,21 @@ def training(
     checkpointing: bool = True,
     optimizer_bits: Literal[8, 32] = 8,
     logit_tokens: int | None = None,
+    packed: float | None = None,
 ) -> TrainingNeed:
     """The peak of a LoRA or QLoRA step on `batch` rows of `tokens` tokens.
 
-    `weight_bytes` is the width of what is not in NF4: 2 for bf16, 4 for float32. With `checkpointing` only
+    `packed` is how many bytes a weight of the linear maps takes that is held in blocks: NF4's for `qlora` unless given,
+    those of a GGUF file otherwise. `weight_bytes` is the width of what is not in blocks: 2 for bf16, 4 for float32. With `checkpointing` only
     the inputs of the layers are kept, and one layer at a time is computed again. `logit_tokens` is how many
     positions of a row the output layer computes; all of them unless given.
     """
     linear = shape.linear_parameters
     rest = shape.parameters - linear
-    held = linear * (NF4_BYTES if method == "qlora" else weight_bytes) + rest * weight_bytes
-    if method == "qlora":  # one matrix at a time is unpacked
+    if packed is None and method == "qlora":
+        packed = NF4_BYTES
+    held = linear * (weight_bytes if packed is None else packed) + rest * weight_bytes
+    if packed is not None:  # one matrix at a time is unpacked
         held += max((m.rows * m.columns for m in shape.linears), default=0) * weight_bytes
     positions = batch * tokens
     layer = positions * weight_bytes * (12 * shape.hidden + 6 * shape.ffn * max(1, shape.experts_used))
@@ -92,6 +96,12 @@ def adapter_parameters(shape: ModelShape, rank: int) -> int:
 def checkpoint_mb(shape: ModelShape, *, weight_bytes: int = 2) -> int:
     """A checkpoint folder, base and merged alike: the weights and a tokenizer, about 70 bytes a token as JSON."""
     return _mb(shape.parameters * weight_bytes + 70 * shape.vocab)
+
+
+def packed_bytes(shape: ModelShape, label: str) -> float:
+    """Bytes a weight, on average, of the linear maps in a file of this quantization. RecipeError for an unknown one."""
+    inside = [p for p in place(shape, label) if p.matrix in shape.linears]
+    return sum(p.bytes for p in inside) / max(1, shape.linear_parameters)
 
 
 def adapter_mb(shape: ModelShape, rank: int) -> int:

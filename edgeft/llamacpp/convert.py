@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -41,23 +41,14 @@ def to_gguf(
     # The converter fills in {ftype} and similar braces in the name it is given.
     if "{" in os.fspath(out):
         raise StageError(f"{out} has a brace in its name, which the converter would read as a pattern")
-    argv = [
-        sys.executable, os.fspath(Path(__file__).with_name("converter.py")), os.fspath(llama_cpp_tree()),
-        os.fspath(checkpoint),
-        "--outfile", os.fspath(aside), "--outtype", outtype,
-    ]  # fmt: skip
+    argv = [os.fspath(checkpoint), "--outfile", os.fspath(aside), "--outtype", outtype]
     if model_name:
         argv += ["--model-name", model_name]
     if vocab_only:
         argv += ["--vocab-only"]
     said: list[str] = []  # the reason often stands before the traceback, which is all that an error quotes
-    search = [os.fspath(python_path()), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     try:
-        run(
-            argv,
-            env={"PYTHONPATH": os.pathsep.join(search), "HF_HUB_OFFLINE": "1"},
-            watch=lambda line: _heard(line, said),
-        )
+        run_converter("convert_hf_to_gguf.py", argv, watch=lambda line: _heard(line, said))
         if metadata:
             set_keys(aside, metadata)
         read(aside)
@@ -68,6 +59,17 @@ def to_gguf(
         raise explained("".join(said), checkpoint) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def run_converter(program: str, arguments: Sequence[str], *, watch: Callable[[str], None]) -> None:
+    """Run one of the pinned source's converters, by its file's name, on the pinned gguf-py and without the network.
+
+    Raises ToolError when it fails; `watch` hears every line.
+    """
+    argv = [sys.executable, os.fspath(Path(__file__).with_name("converter.py")), os.fspath(llama_cpp_tree())]
+    search = [os.fspath(python_path()), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    environment = {"PYTHONPATH": os.pathsep.join(search), "HF_HUB_OFFLINE": "1"}
+    run([*argv, program, *arguments], env=environment, watch=watch)
 
 
 def explained(text: str, checkpoint: Path) -> ToolError:

@@ -1,9 +1,9 @@
-"""Runs the pinned convert_hf_to_gguf.py so that it sees every key of config.json. A program of its own, not imported.
+"""Runs a pinned converter of llama.cpp so that it sees every key of config.json. A program of its own, not imported.
 
 The converter asks transformers for the config, and transformers 5 drops keys it has moved elsewhere (GPT-NeoX's
 `rotary_pct`), although the file has them. What transformers says stays; what it left out is taken from the file.
 
-    python converter.py LLAMA_CPP_TREE ARGUMENTS_OF_THE_CONVERTER …
+    python converter.py LLAMA_CPP_TREE convert_hf_to_gguf.py|convert_lora_to_gguf.py ITS_ARGUMENTS …
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
         return {**{key: value for key, value in own.items() if key not in config}, **config}
 
     base.load_hparams = staticmethod(load_hparams)
-    sys.argv = [str(Path(tree) / "convert_hf_to_gguf.py"), *sys.argv[2:]]
+    sys.argv = [str(Path(tree) / sys.argv[2]), *sys.argv[3:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

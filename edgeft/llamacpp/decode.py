@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgeft.errors import DataError, StageError, ToolError
 from edgeft.llamacpp import runtime
+from edgeft.llamacpp.adapter import check_base
 from edgeft.llamacpp.threads import default_threads
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class Decoder:
     `n_ctx` is the longest sequence in tokens (0: what the model was trained for, at most 4096). `repack` lets
     ggml rearrange quantized weights for this processor; with and without it the same file's logits differ by
     the kernels' noise. `vocab_only` loads no weights: tokenizing works, decoding does not. `cb_eval` is ggml's
-    callback for every node of the graph. Raises DataError when the file is no model llama.cpp can load, ToolError
-    with its reason when there is no memory for it.
+    callback for every node of the graph. `adapter` is a LoRA adapter (GGUF) made for this file, which adds its products
+    `adapter_scale` times (0: the base alone). Raises DataError when the file is no model llama.cpp can load or the
+    adapter is not for it, ToolError with llama.cpp's reason when there is no memory for it.
     """
 
     def __init__(
@@ -39,13 +41,18 @@ class Decoder:
         gpu_layers: int = 0,
         vocab_only: bool = False,
         cb_eval: Callable[[int, bool], bool] | None = None,
+        adapter: Path | None = None,
+        adapter_scale: float = 1.0,
     ) -> None:
         self.path = path
+        self.adapter = adapter
         self._c = runtime.native()
         self._context: Any = None
         self._model: Any = None
         if not path.is_file():
             raise DataError(f"{path} does not exist")
+        if adapter:
+            check_base(path, adapter)
         with runtime.listening() as said:
             self._model = self._load(repack, gpu_layers, vocab_only)
         if not self._model:
@@ -62,6 +69,12 @@ class Decoder:
                 reason = runtime.complaint(said)
                 self.close()
                 raise ToolError(f"llama.cpp cannot run {path} with a context of {self.n_ctx}: {reason}")
+            if adapter:
+                try:
+                    runtime.add_adapter(self._model, self._context, adapter, adapter_scale)
+                except DataError:
+                    self.close()
+                    raise
 
     def _load(self, repack: bool, gpu_layers: int, vocab_only: bool) -> Any:
         params = self._c.llama_model_default_params()

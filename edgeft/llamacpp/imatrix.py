@@ -65,7 +65,7 @@ def collect(
     if not chunks or min(map(len, chunks)) < _SHORTEST:
         raise DataError(f"an importance matrix needs windows of at least {_SHORTEST} tokens")
     longest = max(map(len, chunks))
-    collector = _Collector(process_output=process_output)
+    collector = Collector(process_output=process_output)
     with Decoder(model, n_ctx=longest, threads=threads, cb_eval=collector.watch) as decoder:
         for number, chunk in enumerate(chunks):
             progress.report("importance matrix", number, len(chunks), unit="windows")
@@ -145,7 +145,7 @@ _Tensor._fields_ = [
 
 
 @dataclass(kw_only=True)
-class _Collector:
+class Collector:
     """ggml's evaluation callback: asked before each node, called again after the nodes it wants."""
 
     process_output: bool

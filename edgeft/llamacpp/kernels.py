@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from edgeft import progress
 from edgeft.errors import DataError, ToolError
 from edgeft.llamacpp import build, runtime
-from edgeft.llamacpp.base_file import blocks, first_scored
+from edgeft.llamacpp.base_file import first_scored, in_blocks
 from edgeft.llamacpp.decode import Decoder
 from edgeft.llamacpp.score import compare_logits, scored_logits
 from edgeft.llamacpp.threads import default_threads
@@ -31,6 +31,8 @@ from edgeft.tool import run
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from edgeft.llamacpp.score import Logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,44 +68,65 @@ class Floor:
         return {"largest": self.largest, **asdict(self), "pairs": [asdict(pair) for pair in self.pairs]}
 
 
-def floor(gguf: Path, windows: Sequence[Sequence[int]], *, threads: int = 0) -> Floor:
+def floor(
+    gguf: Path, windows: Sequence[Sequence[int]], *, threads: int = 0, native: Path | None = None,
+    adapter: Path | None = None,
+) -> Floor:  # fmt: skip
     """Run a file under this machine's kernels, the same without weight repacking, and the portable ones.
 
+    With `adapter`, the file is its base, and the two are run together.
+
     `windows` are of equal length, as score.windows cuts them; their second halves are scored, at full precision and
-    not through a base file, whose 16 bits cost as much as F16 kernels differ by. One model and one window's logits are
-    in memory at a time; the others wait in a temporary folder, 2 * 4 bytes * scored tokens * vocabulary.
+    not through a base file, whose 16 bits cost as much as F16 kernels differ by. One model and two windows' logits are
+    in memory at a time; the others wait in a temporary folder, 3 * 4 bytes * scored tokens * vocabulary.
+    `native`, if it is known already, is a file of what `remembered` wrote: this machine's own logits of these windows.
     Compiles the portable kernels when they are not there (50 CPU seconds). Raises DataError for windows of several
     lengths or a file that is no model, SetupError when this machine cannot compile, ToolError when the portable
     kernels did not run. A processor that lacks what they need is compared with itself only, without repacking.
     """
-    import numpy as np
-
     if len({len(window) for window in windows}) != 1:
         raise DataError("the windows of a noise floor must be of one length, and there must be one")
     threads = threads or default_threads()
-    native = runtime.native().llama_print_system_info().decode().strip(" |")
+    own = runtime.native().llama_print_system_info().decode().strip(" |")
+    n_scored = len(windows[0]) - 1 - first_scored(len(windows[0]))
     with tempfile.TemporaryDirectory(prefix="edgeft-floor-") as name:
         folder = Path(name)
-        _write(gguf, windows, folder / "plain.f32", threads=threads, repack=False)
-        others = {"repack on / off": (folder / "plain.f32", native)}
+        _write(gguf, windows, folder / "plain.f32", threads=threads, repack=False, adapter=adapter)
+        others = {"repack on / off": (folder / "plain.f32", own)}
         if runs_portable(platform.machine(), _cpuinfo()):
-            portable = _portable(gguf, windows, threads, folder)
+            portable = _portable(gguf, windows, threads, folder, adapter)
             others[f"native / portable {platform.machine()}"] = (folder / "portable.f32", portable)
+        if native is None:
+            native = folder / "native.f32"
+            _write(gguf, windows, native, threads=threads, adapter=adapter)
         found: dict[str, list[tuple[float, float]]] = {what: [] for what in others}
-        with Decoder(gguf, n_ctx=len(windows[0]), threads=threads) as decoder:
-            for number, window in enumerate(windows):
-                progress.report("kernel noise: native", number, len(windows), unit="windows")
-                rows = scored_logits(decoder, window)
-                targets = window[first_scored(len(window)) + 1 :]
-                for what, (path, _) in others.items():
-                    shape = (len(windows), *rows.shape)
-                    theirs = np.memmap(path, np.float32, mode="r", shape=shape)[number]
-                    found[what].append(_difference(rows, theirs, targets))
+        for number, window in enumerate(windows):
+            targets = window[first_scored(len(window)) + 1 :]
+            for what, (path, _) in others.items():
+                ours, theirs = (_logits(p, number, len(windows), n_scored) for p in (native, path))
+                found[what].append(_difference(ours, theirs, targets))
     pairs = [
         Pair(what=what, kernels=kernels, kld=fmean(k for k, _ in found[what]), same_top=fmean(t for _, t in found[what]))
         for what, (_, kernels) in others.items()
     ]  # fmt: skip
-    return Floor(pairs=tuple(pairs), kernels=native, tokens=len(windows) * len(rows))
+    return Floor(pairs=tuple(pairs), kernels=own, tokens=len(windows) * n_scored)
+
+
+def remembered(logits: Logits, most: int, to: Path) -> Logits:
+    """`logits`, with those of the first `most` windows written to the file `to` on the way, for `floor`."""
+    to.write_bytes(b"")
+    written = 0
+
+    def asked(window: Sequence[int]) -> NDArray[np.float32]:
+        nonlocal written
+        rows = logits(window)
+        if written < most:
+            with to.open("ab") as stream:
+                rows.tofile(stream)
+            written += 1
+        return rows
+
+    return asked
 
 
 def runs_portable(machine: str, cpuinfo: str) -> bool:
@@ -120,38 +143,57 @@ def _cpuinfo() -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+def _logits(path: Path, window: int, windows: int, scored: int) -> NDArray[np.float32]:
+    """One window's logits [scored, n_vocab] of a file that holds those of `windows`. Raises DataError for other sizes."""
+    import numpy as np
+
+    n_vocab, rest = divmod(path.stat().st_size, 4 * windows * scored)
+    if rest or not n_vocab:
+        raise DataError(f"{path} does not hold the logits of {windows} windows of {scored} scored tokens")
+    held = np.memmap(path, np.float32, mode="r", shape=(windows, scored, n_vocab))
+    found: NDArray[np.float32] = held[window]
+    return found
+
+
 def _difference(
     ours: NDArray[np.float32], theirs: NDArray[np.float32], targets: Sequence[int]
 ) -> tuple[float, float]:
     """Mean KLD and share of equal top tokens over one window's rows [scored, n_vocab]."""
-    kld = same = 0.0
-    for block in blocks(*ours.shape):
+    if ours.shape != theirs.shape:
+        raise DataError(f"logits of {ours.shape} numbers cannot be compared with {theirs.shape}")
+
+    def of(block: slice) -> tuple[float, float]:
         found = compare_logits(ours[block], theirs[block], targets[block])
-        kld += float(found.kld.sum())
-        same += float(found.same_top.sum())
+        return float(found.kld.sum()), float(found.same_top.sum())
+
+    kld, same = (sum(parts) for parts in zip(*in_blocks(of, *ours.shape), strict=True))
     return kld / len(ours), same / len(ours)
 
 
 def _write(
-    gguf: Path, windows: Sequence[Sequence[int]], path: Path, *, threads: int, repack: bool = True
-) -> None:
+    gguf: Path, windows: Sequence[Sequence[int]], path: Path, *, threads: int, repack: bool = True,
+    adapter: Path | None = None,
+) -> None:  # fmt: skip
     """Write the scored logits [windows, scored, n_vocab] as plain float32."""
     with (
-        Decoder(gguf, n_ctx=len(windows[0]), threads=threads, repack=repack) as decoder,
+        Decoder(gguf, n_ctx=len(windows[0]), threads=threads, repack=repack, adapter=adapter) as decoder,
         path.open("wb") as to,
     ):
         for number, window in enumerate(windows):
-            progress.report("kernel noise: without repacking", number, len(windows), unit="windows")
+            progress.report("kernel noise", number, len(windows), unit="windows")
             scored_logits(decoder, window).tofile(to)
 
 
-def _portable(gguf: Path, windows: Sequence[Sequence[int]], threads: int, folder: Path) -> str:
+def _portable(
+    gguf: Path, windows: Sequence[Sequence[int]], threads: int, folder: Path, adapter: Path | None
+) -> str:
     """Let a process with the portable kernels write portable.f32 into the folder; what its kernels are."""
     libraries = build.ensure("portable")
     job = {
         "gguf": os.fspath(gguf.resolve()), "windows": [[int(i) for i in window] for window in windows],
         "threads": threads,
         "libraries": os.fspath(libraries),
+        "adapter": os.fspath(adapter.resolve()) if adapter else "",
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     progress.report("kernel noise: portable kernels")
@@ -174,7 +216,9 @@ def _child(path: Path) -> None:
     kernels = runtime.native().llama_print_system_info().decode().strip(" |")
     _assert_loaded(Path(job["libraries"]))
     path.with_name("kernels.txt").write_text(kernels, encoding="utf-8")
-    _write(Path(job["gguf"]), job["windows"], path.with_name("portable.f32"), threads=job["threads"])
+    adapter = Path(job["adapter"]) if job["adapter"] else None
+    out = path.with_name("portable.f32")
+    _write(Path(job["gguf"]), job["windows"], out, threads=job["threads"], adapter=adapter)
 
 
 def _assert_loaded(libraries: Path) -> None:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import SetupError
+from edgeft.errors import DataError, SetupError
 from edgeft.llamacpp.build import ensure
 from edgeft.llamacpp.pin import load
 from edgeft.llamacpp.source import python_path
@@ -97,6 +97,22 @@ def listening(watch: Callable[[str], None] = lambda text: None) -> Iterator[list
         yield said
     finally:
         _listeners.remove(hear)
+
+
+def add_adapter(model: Any, context: Any, adapter: Path, scale: float = 1.0) -> None:
+    """Let a context of a loaded model add the adapter's products, `scale` times, in all that it computes from now on.
+
+    The model owns the adapter and frees it with itself (llama.h). Raises DataError with llama.cpp's reason when it is no
+    adapter for a model of these names and shapes; whether the weights are the right ones is adapter.check_base's question.
+    """
+    import ctypes
+
+    c = native()
+    with listening() as said:
+        loaded = c.llama_adapter_lora_init(model, os.fsencode(adapter))
+        adapters, scales = (c.llama_adapter_lora_p_ctypes * 1)(loaded), (ctypes.c_float * 1)(scale)
+        if not loaded or c.llama_set_adapters_lora(context, adapters, 1, scales):
+            raise DataError(f"llama.cpp cannot load the adapter {adapter}: {complaint(said)}")
 
 
 def complaint(lines: list[str]) -> str:

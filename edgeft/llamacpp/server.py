@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import DataError
+from edgeft.llamacpp.adapter import lora_arguments
 from edgeft.llamacpp.build import ensure
 from edgeft.tool import Background, background
 
@@ -93,14 +94,16 @@ class Server:
 def running(gguf: Path, arguments: Sequence[str], *, timeout_s: float = 600) -> Iterator[Server]:
     """The server on `gguf` with `arguments` (edgeft.bundle.server_arguments; port 0 takes a free one), once it is up.
 
-    Variables of this machine that set llama.cpp's options (LLAMA_ARG_…) do not reach it. Raises DataError when the
-    file does not exist, ToolError with its last lines when it ends or is not up after `timeout_s`.
+    An adapter that belongs to `gguf` (`adapter_beside`) is run with it. Variables of this machine that set llama.cpp's
+    options (LLAMA_ARG_…) do not reach it. Raises DataError when the file does not exist or its adapter is for another
+    base, ToolError with its last lines when it ends or is not up after `timeout_s`.
     """
     if not gguf.is_file():
         raise DataError(f"{gguf} does not exist")
     program = ensure("server") / "llama-server"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "AIP_"))}
-    with background([os.fspath(program), "--model", os.fspath(gguf), *arguments], env=env) as started:
+    command = [os.fspath(program), "--model", os.fspath(gguf), *lora_arguments(gguf), *arguments]
+    with background(command, env=env) as started:
         host, port = _address(started, time.monotonic() + timeout_s)
         yield Server(host=host, port=port, program=started)
 

@@ -10,14 +10,30 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeft.errors import DataError
+from edgeft.llamacpp.adapter import lora_arguments
 from edgeft.llamacpp.base_file import read_base
 from edgeft.llamacpp.build import ensure
 from edgeft.llamacpp.threads import default_threads
 from edgeft.tool import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A line of the table that llama-perplexity prints while it works: means over all windows up to this one."""
+
+    window: int
+    """Counted from 1."""
+    ppl: float
+    """Printed with four decimals."""
+    log_ratio: float
+    """ln(PPL / PPL of the base file), nats a token, with five decimals."""
+    kld: float
+    """With five decimals."""
+    same_top: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +57,16 @@ class StockResult:
     same_top: float
     kernels: str
     """The processor features the program was compiled for, in its words; "" when the log does not say."""
+    log_ratio: float
+    """ln of `ppl_ratio`, with six decimals."""
+    windows: int | None = None
+    """Of the base file, as the tool announces them before it starts; None when that line is not in the log."""
+    n_ctx: int | None = None
+    """The same, tokens in a window."""
+    running: tuple[Running, ...] = ()
+    """Its table. Whole when it has `windows` lines."""
+    types: dict[str, int] = field(default_factory=dict)
+    """Tensors of the file that was run by ggml type ("Q8_0"), where the log was asked for them (-lv 4)."""
 
 
 def run_stock(base: Path, gguf: Path, *, program: Sequence[str] = (), threads: int = 0) -> StockResult:
@@ -60,12 +86,14 @@ def command(program: Sequence[str], base: Path, gguf: Path, *, n_ctx: int, threa
 
     `n_ctx` is the base file's. The tool takes window length and tokens from the file's header, but the context and the
     cache from -c: less than the file's fails to decode, more changes nothing. One window a batch (-b, -ub), as our
-    own scoring computes it; the tool's default packs several short ones into one batch.
+    own scoring computes it; the tool's default packs several short ones into one batch. -lv 4 makes the log say which
+    types the file has that was run. An adapter that lies beside the file belongs to it; raises DataError when it is another
+    base's.
     """
     size = str(n_ctx)
     return [
         *program, "--kl-divergence", "--kl-divergence-base", os.fspath(base), "-m", os.fspath(gguf),
-        "-c", size, "-b", size, "-ub", size, "-t", str(threads), "--no-warmup",
+        *lora_arguments(gguf), "-c", size, "-b", size, "-ub", size, "-t", str(threads), "--no-warmup", "-lv", "4",
     ]  # fmt: skip
 
 
@@ -95,9 +123,27 @@ def parse(text: str) -> StockResult:
         "kld_max": _number(text, "Maximum KLD"),
         "rms_dp": percent * _number(text, "RMS Δp"),
         "same_top": percent * _number(text, "Same top p"),
+        "log_ratio": _number(text, "Mean ln(PPL(Q)/PPL(base))"),
     }
     kernels = re.search(r"system_info:.*?\|\s*(.*)", text)
-    return StockResult(kernels=kernels[1].strip(" |\r") if kernels else "", **found)
+    announced = re.search(r"computing over (\d+) chunks, n_ctx=(\d+)", text)
+    types = {name.upper(): int(count) for name, count in re.findall(r"- type\s+(\w+):\s+(\d+) tensors", text)}
+    return StockResult(
+        kernels=kernels[1].strip(" |\r") if kernels else "", windows=int(announced[1]) if announced else None,
+        n_ctx=int(announced[2]) if announced else None, running=_running(text), types=types, **found,
+    )  # fmt: skip
+
+
+def _running(text: str) -> tuple[Running, ...]:
+    """The table's lines. The last five columns are pairs "value ± error", the last two of them in per cent."""
+    pair = r"\s+(-?[\d.]+)\s+\S+\s+-?(?:[\d.]+|nan|inf)"
+    line = re.compile(rf"^\s*(\d+){pair * 3}{pair}\s+%{pair}\s+%\s*$", re.MULTILINE)
+    return tuple(
+        Running(
+            window=int(w), ppl=float(ppl), log_ratio=float(ratio), kld=float(kld), same_top=0.01 * float(top)
+        )
+        for w, ppl, ratio, kld, _, top in line.findall(text)
+    )
 
 
 _COMPLAINT = re.compile(r"\bkl_divergence ?: (?!computing over|calculated n_seq|[\d.]+ seconds per pass)(.*)")

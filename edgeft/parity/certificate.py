@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgeft.parity.checks.check import Check, failed
-from edgeft.parity.gates import Finding, Limits, Verdict
+from edgeft.parity.gates import ON_BOARD, Finding, Limits, Verdict
 from edgeft.parity.statistics import Comparison, Retention
 
 SCHEMA = 1
@@ -23,7 +23,11 @@ class StepCost:
     """One model on the way, measured on the domain text's counted tokens."""
 
     step: str
-    """"base" (before training), "trained", "merged", "gguf", "quantized"."""
+    """"base" (before training), "trained", "merged", "gguf", "quantized", "served" (the same file on a board).
+
+    A board's log tells means over all scored tokens, not over the counted ones alone: "served" is the difference on all
+    of them, put on top of the numbers of the step before it.
+    """
     title: str
     """For people: "merged into the original base"."""
     loss: float
@@ -102,6 +106,46 @@ class Manners:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """The same file on one text under a board's kernels, as the log of llama-perplexity tells, beside this machine's.
+
+    All numbers are means over all scored tokens of the text, against the same base file.
+    """
+
+    text: str
+    """"domain" or "general"."""
+    log: str
+    """The log's file name."""
+    sha256: str
+    """Of the log's text."""
+    kernels: str
+    """The processor features that the board's program was compiled for, in its words; "" when the log does not say."""
+    windows: int
+    tokens: int
+    kld: float
+    """KL(reference || file on the board), nats; as printed, with six decimals."""
+    kld_error: float
+    """The log's own standard error of it."""
+    kld_here: float
+    """The same file, text and base file under this machine's kernels."""
+    moved: float
+    """kld - kld_here."""
+    moved_low: float
+    """One-sided 95 % bounds of it, paired by window."""
+    moved_high: float
+    limit: float | None
+    """What `moved` may be, either way; None when no noise could be measured here that it could be held against."""
+    limit_from: str
+    """Where the limit comes from, for people."""
+    cost: float
+    """Loss on the board minus loss here, nats per token. Not judged."""
+    cost_low: float
+    cost_high: float
+    same_top: float
+    same_top_here: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class File:
     """One shipped file and its verdict."""
 
@@ -140,6 +184,8 @@ class File:
     """The noise floor of this file's kernels, as `llamacpp.kernels.Floor.facts()`; None when not measured."""
     notes: list[str] = field(default_factory=list)
     """What could not be measured here, and other things worth knowing; one sentence each."""
+    served: list[Served] = field(default_factory=list)
+    """What boards' logs say of it, one for each text; empty when none was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,17 +242,23 @@ def _file(d: dict[str, Any]) -> File:
         "steps": [StepCost(**x) for x in d["steps"]], "bins": [Bin(**x) for x in d["bins"]],
         "worst": [Word(**x) for x in d["worst"]], "answers": [Answer(**x) for x in d["answers"]],
         "manners": [Manners(**x) for x in d["manners"]],
+        # Documents of schema 1 from before boards' logs were read have no such key.
+        "served": [Served(**x) for x in d.get("served", ())],
     })  # fmt: skip
 
 
 def culprit(checks: Sequence[Check], findings: Sequence[Finding], steps: Sequence[StepCost]) -> str:
     """The step at fault: that of the first failed check, else the one that added most KL divergence.
 
-    Empty when nothing failed and nothing is undecided.
+    "served" when nothing but the difference between board and this machine is beyond its limit. Empty when nothing failed
+    and nothing is undecided.
     """
     if wrong := failed(checks):
         return wrong[0].step
-    if all(f.verdict == "PASS" for f in findings):
+    bad = [f for f in findings if f.verdict == "FAIL"] or [f for f in findings if f.verdict == "UNDECIDED"]
+    if not bad:
         return ""
-    added = {s.step: s.kld_added for s in steps if s.kld_added is not None}
+    if all(f.metric == ON_BOARD for f in bad):
+        return "served"
+    added = {s.step: s.kld_added for s in steps if s.kld_added is not None and s.step != "served"}
     return max(added, key=lambda step: added[step]) if added else ""

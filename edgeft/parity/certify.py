@@ -17,7 +17,7 @@ from edgeft import progress
 from edgeft.errors import DataError
 from edgeft.llamacpp import header, tensor_types
 from edgeft.llamacpp.score import Scores
-from edgeft.parity import collected, evidence, reference
+from edgeft.parity import board, collected, evidence, reference
 from edgeft.parity.certificate import Certificate, File, overall
 from edgeft.parity.checks.check import Check
 from edgeft.parity.gates import Limits
@@ -54,6 +54,9 @@ class Request:
     questions: int = 6
     answer_tokens: int = 96
     floor_windows: int = 2
+    board_logs: tuple[Path, ...] = ()
+    """What llama-perplexity printed on a board, scoring the shipped file against the domain.kld or general.kld of an
+    earlier certificate of the same request."""
     seed: int = 0
     """Which part of the texts is taken, when there is more than needed."""
     command: str = ""
@@ -73,6 +76,12 @@ def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
             f"{request.shipped} is a checkpoint; a certificate is about the GGUF file that ships",
             hint="name the checkpoint as reference, or with --via, and the .gguf file last",
         )
+    if request.board_logs and not request.floor_windows:
+        raise DataError(
+            "a board's log is held against the noise floor of this machine's kernels",
+            hint="--floor-windows 2",
+        )
+    logs = [board.read(path) for path in request.board_logs]
     n_ctx = max(request.n_ctx, 1024)
     with opened(request.reference, n_ctx=n_ctx, adapter=request.adapter, method=request.method) as first:
         taken = sample(request, first)
@@ -84,7 +93,10 @@ def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
             scores = evidence.measure(model.speaker, said, folder, ("domain",))
         chain.append(("gguf" if is_gguf(path) else "merged", path.name, scores["domain"]))
     with opened(request.shipped, n_ctx=n_ctx) as model:
-        scores = evidence.measure(model.speaker, said, folder)
+        native = folder / "native.f32" if request.floor_windows else None
+        scores = evidence.measure(
+            model.speaker, said, folder, floor=(request.floor_windows, native) if native else None
+        )
         words = evidence.worst(said, scores, model.speaker.decoder.detokenize)  # type: ignore[attr-defined]
         replies["shipped"] = evidence.ask(
             model.speaker, [p.ids for p in taken.prompts], request.answer_tokens
@@ -97,10 +109,13 @@ def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
     file = _file(request, said, chain, scores, checks, limits)
     file = replace(
         file, worst=words, manners=manners, answers=_answers(taken.prompts, replies), notes=taken.notes,
-        floor=_floor(request, said),
+        floor=_floor(request, said, native=native),
     )  # fmt: skip
     comparisons, kept = said.compare(scores), said.retention(scores["domain"])
     file = evidence.judged(file, comparisons, kept, limits)
+    file = board.held(
+        file, said, scores, logs, lambda name: file.floor if name == "domain" else _floor(request, said, name)
+    )
     return Certificate(
         name=name_of(request.shipped), verdict=overall([file]), command=request.command, edgeft=edgeft.__version__,
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), machine=collected.machine(),
@@ -156,13 +171,16 @@ def _answers(prompts: Sequence[Prompt], replies: Mapping[str, Sequence[Reply]]) 
     ]
 
 
-def _floor(request: Request, said: evidence.Reference) -> dict[str, Any] | None:
+def _floor(
+    request: Request, said: evidence.Reference, text: str = "domain", *, native: Path | None = None
+) -> dict[str, Any] | None:
     from edgeft.llamacpp import kernels
 
     if not request.floor_windows:
         return None
     progress.report("measure the kernels' noise")
-    return kernels.floor(request.shipped, said.texts["domain"].ids[: request.floor_windows]).facts()
+    windows = said.texts[text].ids[: request.floor_windows]
+    return kernels.floor(request.shipped, windows, native=native).facts()
 
 
 def _provenance(request: Request) -> dict[str, str]:
@@ -172,7 +190,7 @@ def _provenance(request: Request) -> dict[str, str]:
     files = {
         "reference": request.reference, "adapter": request.adapter, "base": request.base, "text": request.text,
         "general text": request.general, "calibration": request.calibration, "shipped": request.shipped,
-        **{f"via {p.name}": p for p in request.via},
+        **{f"via {p.name}": p for p in request.via}, **{f"board log {p.name}": p for p in request.board_logs},
     }  # fmt: skip
     versions = {name: packages.version(name) for name in ("torch", "transformers", "numpy")}
     hashes = {name: f"{path.name}, sha256 {_sha256(path)}" for name, path in files.items() if path}

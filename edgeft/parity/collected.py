@@ -17,7 +17,7 @@ from edgeft.parity.gates import Limits
 from edgeft.parity.statistics import Comparison, Retention
 
 EXPORTED = ("reference", "merge", "gguf", "quantize/gguf", "verify")
-"""The steps that a file's part of the certificate is collected from."""
+"""The steps that a file's part of the certificate is collected from. Only a merged model has `merge`."""
 
 
 class Made(Protocol):
@@ -39,12 +39,7 @@ def file(made: Mapping[str, Made], limits: Limits, *, memory_mb: float | None = 
     shipped, verified = made["quantize/gguf"].facts, made["verify"].facts
     reference = evidence.Reference.of(dict(np.load(made["reference"].path / "reference.npz")))
     scores = _scores(made["verify"])
-    merge, gguf = made["merge"].facts, made["gguf"].facts
-    chain = [
-        ("merged", f"merged into the {merge['merge_base']} base", _scores(made["merge"])["domain"]),
-        ("gguf", f"GGUF, {gguf['type']}", _scores(made["gguf"])["domain"]),
-        ("quantized", shipped["type"], scores["domain"]),
-    ]
+    chain = [*_merged(made), ("quantized", shipped["type"], scores["domain"])]
     found = File(
         name=shipped["type"].lower(), title=shipped["type"], sha256=verified["sha256"], bytes=shipped["bytes"],
         bits_per_weight=shipped["bits_per_weight"], types=shipped["types"], memory_mb=memory_mb, verdict="UNDECIDED",
@@ -67,9 +62,9 @@ def certificate(
     versions: Mapping[str, str], keys: Mapping[str, str],
 ) -> Certificate:  # fmt: skip
     """The document for files of one build. `when` is a UTC time or ""; `keys` are the steps' keys by title."""
-    said, merge = made["reference"].facts, made["merge"].facts
+    said, merge = made["reference"].facts, made["merge"].facts if "merge" in made else {}
     merges: dict[str, Any] = {
-        "chosen": merge["merge_base"], "why": merge.get("merge_reason", ""), "candidates": merge.get("candidates", {}),
+        "chosen": merge.get("merge_base", ""), "why": merge.get("merge_reason", ""), "candidates": merge.get("candidates", {}),
     }  # fmt: skip
     found = Certificate(
         name=name, verdict=overall(files), made=when, edgeft=edgeft.__version__, command=command, machine=machine(),
@@ -90,6 +85,9 @@ def aimed(found: Certificate, target: dict[str, Any]) -> Certificate:
         return replace(found, target=target)
     files = []
     for one in found.files:
+        if one.served:
+            files.append(one)
+            continue
         moves = f" (KL divergence {one.floor['largest']:.1e} between two kinds here)" if one.floor else ""
         note = (
             f"measured with the kernels of {here}; {target['name']} is {target['arch']}, whose kernels round otherwise{moves}. "
@@ -118,6 +116,17 @@ def machine() -> str:
     return f"{platform.machine()}{', ' + model if model else ''}, {platform.system()}, Python {platform.python_version()}"
 
 
+def _merged(made: Mapping[str, Made]) -> list[tuple[str, str, Scores]]:
+    """The steps between training and quantizing, where the adapter was merged."""
+    if "merge" not in made:
+        return []
+    merge, gguf = made["merge"], made["gguf"]
+    return [
+        ("merged", f"merged into the {merge.facts['merge_base']} base", _scores(merge)["domain"]),
+        ("gguf", f"GGUF, {gguf.facts['type']}", _scores(gguf)["domain"]),
+    ]
+
+
 def _scores(made: Made) -> dict[str, Scores]:
     import numpy as np
 
@@ -126,6 +135,13 @@ def _scores(made: Made) -> dict[str, Scores]:
 
 def _notes(verified: Mapping[str, Any], reference: evidence.Reference) -> list[str]:
     notes = []
+    if "adapter_sha256" in verified:
+        notes.append(f"measured with the adapter beside it, sha256 {verified['adapter_sha256']}")
+    for text, moved in verified.get("over_start", {}).items():
+        notes.append(
+            f"training through the rounding changed the loss on the {text} text by {moved['change']:+.4f} nats per token "
+            f"({moved['low']:+.4f} to {moved['high']:+.4f}): {moved['start']:.4f} as it was quantized, {moved['loss']:.4f} now"
+        )
     if len(reference.texts["domain"].ids) < 32:
         notes.append(
             f"the domain text has {len(reference.texts['domain'].ids)} windows; 32 or more give tighter bounds"

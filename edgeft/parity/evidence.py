@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft import progress
-from edgeft.llamacpp import score
+from edgeft.llamacpp import kernels, score
 from edgeft.llamacpp.score import Scores
 from edgeft.parity import gates, statistics
 from edgeft.parity.certificate import Answer, Bin, File, Manners, StepCost, Word, culprit
@@ -67,11 +67,16 @@ class Reference:
 
 
 def measure(
-    speaker: Speaker, reference: Reference, folder: Path, texts: Sequence[str] = ("domain", "general")
-) -> dict[str, Scores]:
-    """Score a model against the reference's base files `folder/<text>.kld`, for each of `texts` that it has."""
+    speaker: Speaker, reference: Reference, folder: Path, texts: Sequence[str] = ("domain", "general"),
+    *, floor: tuple[int, Path] | None = None,
+) -> dict[str, Scores]:  # fmt: skip
+    """Score a model against the reference's base files `folder/<text>.kld`, for each of `texts` that it has.
+
+    With `floor`, a number of windows and a file, the logits of the first windows go into that file for `kernels.floor`.
+    """
+    logits = kernels.remembered(speaker.logits, *floor) if floor else speaker.logits
     return {
-        name: score.compare(folder / f"{name}.kld", speaker.logits, doing=f"score the {name} text")
+        name: score.compare(folder / f"{name}.kld", logits, doing=f"score the {name} text")
         for name in texts
         if name in reference.texts
     }
@@ -217,13 +222,18 @@ def answer(question: str, expected: str, replies: Mapping[str, Reply]) -> Answer
 def judged(
     file: File, comparisons: Mapping[str, statistics.Comparison], retention: statistics.Retention | None, limits: Limits
 ) -> File:  # fmt: skip
-    """`file` with findings, verdict, reasons and the step at fault, from its checks and steps."""
-    findings = gates.judge(comparisons, retention, limits)
+    """`file` with findings, verdict, reasons and the step at fault, from its checks, its steps and what boards said."""
+    boards = [
+        gates.on_board(s.text, s.moved, s.moved_low, s.moved_high, s.limit, s.windows, of=s.limit_from)
+        for s in file.served
+    ]
+    findings = [*gates.judge(comparisons, retention, limits), *boards]
     verdict = gates.verdict(findings, file.checks)
     file = replace(file, limits=limits)
     return replace(
         file, findings=findings, verdict=verdict, because=_because(verdict, findings, file),
-        culprit=culprit(file.checks, findings, file.steps), tier=gates.best_tier(comparisons, retention),
+        culprit=culprit(file.checks, findings, file.steps),
+        tier=gates.best_tier(comparisons, retention) if gates.verdict(boards) == "PASS" else "",
         more_windows=_more(verdict, findings),
     )  # fmt: skip
 

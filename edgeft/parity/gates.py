@@ -10,6 +10,7 @@ gain to be kept are a judgement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -24,6 +25,11 @@ TIERS = {
     "parity": {"max_kld": 0.05, "max_ppl_ratio": 1.04, "min_same_top": 0.90, "min_retention": 0.90},
     "degraded": {"max_kld": 0.12, "max_ppl_ratio": 1.10, "min_same_top": 0.85, "min_retention": 0.70},
 }
+
+ON_BOARD = "moved on the board"
+"""The metric of a finding about a board: KL divergence there minus KL divergence here."""
+ROOM = 2.0
+"""How often a file's own kernel noise the KL divergence may move on another processor (docs/device-kernels.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +70,7 @@ class Finding:
     text: str
     """"domain" or "general"."""
     metric: str
-    """"KL divergence", "perplexity ratio", "same top token" or "gain kept"."""
+    """"KL divergence", "perplexity ratio", "same top token", "gain kept" or ON_BOARD."""
     value: float
     bound: float
     """One-sided 95 %, on the bad side."""
@@ -107,6 +113,33 @@ def judge(
             )
         )  # fmt: skip
     return found
+
+
+def on_board(
+    text: str, moved: float, low: float, high: float, limit: float | None, windows: int, *, of: str
+) -> Finding:
+    """Hold the change of the KL divergence on a board, with its 95 % bounds, against a limit that holds either way.
+
+    PASS when both bounds are within it (two one-sided tests), FAIL when both are beyond it on one side: a divergence
+    that shrank as much means that another file was run. Without a limit nothing can be told. `of` is where it comes from.
+    """
+    bound, good = (high, low) if abs(high) >= abs(low) else (low, high)
+    result: Verdict = "UNDECIDED"
+    if limit is not None and abs(bound) <= limit:
+        result = "PASS"
+    elif limit is not None and (low > limit or high < -limit):
+        result = "FAIL"
+    more = None
+    if result == "UNDECIDED" and limit is not None:
+        edge = bound if abs(moved) <= limit else good
+        more = more_windows(windows, moved, edge, math.copysign(limit, moved or edge))
+    words = {"PASS": "is within", "FAIL": "is beyond", "UNDECIDED": "lies on both sides of"}[result]
+    held = f"{words} {_nats(limit)}, {of}" if limit is not None else f"cannot be held against anything: {of}"
+    said = f"{text} text: on the board the KL divergence moved by {moved:+.1e} (95 % bounds {low:+.1e} to {high:+.1e}), which {held}"
+    return Finding(
+        text=text, metric=ON_BOARD, value=moved, bound=bound, good=good, limit=limit or 0.0, verdict=result, more=more,
+        said=said,
+    )  # fmt: skip
 
 
 def verdict(findings: Iterable[Finding], checks: Iterable[Check] = ()) -> Verdict:

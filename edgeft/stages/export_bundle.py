@@ -21,6 +21,7 @@ from edgeft.fit.board import Board
 from edgeft.fit.memory import Serving
 from edgeft.fit.shape import ModelShape, from_gguf
 from edgeft.llamacpp import header as gguf_header
+from edgeft.llamacpp.adapter import adapter_beside, tensor_bytes
 from edgeft.stage import Artifact, Facts, Job, Params, Stage, Step, digest
 
 FILE = "bundle.tar.zst"
@@ -41,14 +42,16 @@ def run(job: Job[Bundle]) -> Facts:
     )
     header = gguf_header.read(gguf, arrays=("tokenizer.ggml.tokens",))
     settings = _settings(device, serve, str(header.keys.get("general.name", "")))
+    adapter = adapter_beside(gguf)
     need, rate = predicted(gguf, label, device, serve)
     pin = _llama_cpp()
     base, data = inputs["base"], inputs["data"]
     contents: dict[str, bundle.Content] = {
         "model.gguf": gguf,
+        **({"adapter.gguf": adapter} if adapter else {}),
         "settings.json": settings.as_json(),
-        "run.sh": bundle.run_script(settings, llama_cpp=pin["commit"]),
-        "Modelfile": bundle.modelfile(settings, _stop(header.keys)),
+        "run.sh": bundle.run_script(settings, llama_cpp=pin["commit"], adapter=bool(adapter)),
+        "Modelfile": bundle.modelfile(settings, _stop(header.keys), adapter=bool(adapter)),
         **_certificate(inputs["gate"], device, need["total"]),
         "NOTICE.txt": papers.notice(base.facts, data.facts),
         **papers.data_card(data.path),
@@ -57,7 +60,7 @@ def run(job: Job[Bundle]) -> Facts:
     }
     contents["README.txt"] = papers.readme(
         name=settings.name, board=device["name"], llama_cpp=pin["commit"], port=settings.port, host=settings.host,
-        system=settings.system,
+        system=settings.system, adapter=bool(adapter),
         numbers={"memory": f"{need['total']:,.0f} MB", "answering": rate, "context": f"{settings.context} tokens"},
     )  # fmt: skip
     about = {
@@ -93,7 +96,7 @@ def check(step: Step, artifacts: Mapping[str, Artifact]) -> None:
             f"serve.context: {serving.context} tokens, but the base was trained for {shape.context_length}",
             hint=f"set [serve] context = {shape.context_length} or less",
         )
-    fit = memory.fits(shape, label, serving, board)
+    fit = memory.fits(shape, label, serving, board, adapter_mb=estimates.adapter_gguf_mb(step, artifacts))
     if not fit.fits:
         message, hint = memory.refusal(shape, fit)
         raise FitError(message, hint=hint)
@@ -134,11 +137,15 @@ def _settings(device: Facts, serve: Facts, name: str) -> bundle.Settings:
 
 
 def predicted(gguf: Path, label: str, device: Facts, serve: Facts) -> tuple[dict[str, float], str]:
-    """Memory in MB, by part and in total, and the decoding speed in words, of a file on a device."""
+    """Memory in MB, by part and in total, and the decoding speed in words, of a file on a device, with the adapter that
+    lies beside it."""
     shape = from_gguf(gguf)
     board = Board(**{key: device[key] for key in Board.__dataclass_fields__})
     serving = Serving(**{key: serve[key] for key in Serving.__dataclass_fields__})
-    need = memory.predict(shape, label, serving, board)
+    beside = adapter_beside(gguf)
+    need = memory.predict(
+        shape, label, serving, board, adapter_mb=tensor_bytes(beside) / 1e6 if beside else 0.0
+    )
     parts = {key: round(getattr(need, key), 1) for key in memory.Need.__dataclass_fields__}
     rate = speed.decode(shape, label, board, used=serving.context // 4, kv_type=serving.kv_type)
     return {**parts, "total": round(need.total, 1)}, str(rate)

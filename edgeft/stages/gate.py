@@ -76,6 +76,6 @@ def _way_out(file: File) -> str:
 
 
 STAGE = Stage(
-    name="gate", params=Gate, run=run, needs=("reference", "merge", "gguf", "quantize/gguf", "verify"), extra="train",
-    makes=("certificate.json",), version=2,
+    name="gate", params=Gate, run=run, needs=("reference", "quantize/gguf", "verify"), takes=("merge", "gguf"),
+    extra="train", makes=("certificate.json",), version=2,
 )  # fmt: skip

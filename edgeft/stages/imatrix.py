@@ -9,7 +9,7 @@ from pydantic import Field
 from edgeft import llamacpp
 from edgeft.corpus.rows import Row
 from edgeft.errors import ParityError
-from edgeft.stage import Facts, Job, Params, Stage
+from edgeft.stage import Facts, Job, Params, Stage, Where
 
 
 class Imatrix(Params):
@@ -65,4 +65,11 @@ def _rows_in(rows: Sequence[Row], tokens: int) -> int:
 STAGE = Stage(
     name="imatrix", params=Imatrix, run=run, needs=("data", "gguf"), makes=("imatrix.gguf",), extra="train",
     tools=(llamacpp.LIBRARY,), version=2,
+    when=Where(table="train", key="method", values=("qlora", "lora", "grid-merged")),
 )  # fmt: skip
+
+OF_BASE = Stage(
+    name="imatrix", kind="base", table="imatrix", params=Imatrix, run=run, needs=("data", "gguf"), makes=("imatrix.gguf",),
+    extra="train", tools=(llamacpp.LIBRARY,), when=Where(table="train", key="method", values=("grid-adapter",)),
+)  # fmt: skip
+"""The same of the base, before training."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgeft import estimates
 from edgeft.errors import ParityError, RecipeError
 from edgeft.merging.choice import Candidate, choose
-from edgeft.stage import Artifact, Facts, Job, Params, Stage, Step
+from edgeft.stage import Artifact, Facts, Job, Params, Stage, Step, Where
 
 if TYPE_CHECKING:
     from edgeft.llamacpp.score import Scores
@@ -75,9 +75,10 @@ def check(step: Step, done: Mapping[str, Artifact]) -> None:
     """Only QLoRA has a quantized base: refuse to dequantize one that there will not be."""
     assert isinstance(step.params, Merge)
     train = step.find("train")
-    if train and step.params.base == "dequantized" and getattr(train.params, "method", "") == "lora":
+    method = getattr(train.params, "method", "") if train else ""
+    if step.params.base == "dequantized" and method in ("lora", "grid-merged"):
         raise RecipeError(
-            'merge.base is "dequantized", but train.method is "lora", which trains on the original weights',
+            f'merge.base is "dequantized", but train.method is "{method}", which trains on the original weights',
             hint='leave merge.base at "auto"',
         )
 
@@ -166,5 +167,6 @@ STAGE = Stage(
     extra="train",
     check=check,
     estimate=estimates.merge,
+    when=Where(table="train", key="method", values=("qlora", "lora", "grid-merged")),
     version=3,
 )

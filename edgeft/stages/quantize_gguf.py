@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from edgeft import estimates, llamacpp
 from edgeft.llamacpp.quantize import NEED_IMATRIX, Fallback
-from edgeft.stage import Facts, Job, Params, Stage
+from edgeft.stage import Facts, Job, Params, Stage, Where
 
 log = logging.getLogger(__name__)
 
@@ -75,4 +75,12 @@ def _grouped(fell_back: Iterable[Fallback]) -> dict[tuple[int, str, str], list[s
 STAGE = Stage(
     name="quantize", kind="gguf", params=QuantizeGguf, run=run, needs=("gguf", "imatrix"), makes=("model.gguf",),
     extra="train", listed=True, tools=(llamacpp.LIBRARY,), estimate=estimates.quantized,
+    when=Where(table="train", key="method", values=("qlora", "lora", "grid-merged")),
 )  # fmt: skip
+
+OF_BASE = Stage(
+    name="quantize", kind="grid", table="quantize/gguf", params=QuantizeGguf, run=run, needs=("gguf", "imatrix"),
+    makes=("model.gguf",), extra="train", tools=(llamacpp.LIBRARY,), estimate=estimates.quantized,
+    when=Where(table="train", key="method", values=("grid-adapter",)),
+)  # fmt: skip
+"""The same of the base, before training: the file that is trained on, and that ships."""

@@ -6,13 +6,16 @@ that was made from it.
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from edgeft import estimates, llamacpp
-from edgeft.stage import Facts, InputPath, Job, Params, Stage
+from edgeft.stage import Artifact, Facts, InputPath, Job, Params, Stage, Where
+
+if TYPE_CHECKING:
+    from edgeft.training import Packed
 
 
 class Reference(Params):
@@ -33,70 +36,120 @@ class Reference(Params):
 def run(job: Job[Reference]) -> Facts:
     llamacpp.activate()
     llamacpp.ensure("library")
-    import numpy as np
     from transformers import AutoTokenizer
 
-    from edgeft import progress, training
+    from edgeft import training
     from edgeft.corpus import load_rows
-    from edgeft.parity import reference, suite
-    from edgeft.parity.evidence import Reference as Said
+    from edgeft.parity import record
+    from edgeft.parity.reference import losses
     from edgeft.parity.speakers import Torch
 
     p, base, train = job.params, job.inputs["base"].path / "model", job.inputs["train"]
     rows = load_rows(job.inputs["data"].path / "heldout.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    bos = reference.bos(tokenizer)
-    texts = {"domain": suite.domain([(r.ids, r.labels) for r in rows], p.n_ctx, p.windows, bos=bos)}
-    if p.general_windows:
-        ids = tokenizer.encode(
-            (p.general or suite.GENERAL).read_text(encoding="utf-8"), add_special_tokens=False
-        )
-        texts["general"] = suite.plain(ids, p.n_ctx, p.general_windows, bos=bos)
+    texts = record.texts(
+        rows, tokenizer, n_ctx=p.n_ctx, windows=p.windows, general=p.general, general_windows=p.general_windows
+    )  # fmt: skip
+    asked = record.questions(rows[: p.questions])
+    method, dtype, packed = train.facts["method"], train.facts["compute_dtype"], _packed(job.inputs)
+
+    def look_at_base(model: Any) -> Any:
+        speaker = Torch(model, tokenizer)
+        record.answer(speaker, "base", asked, p.answer_tokens)
+        return losses(speaker, texts["domain"], doing="score the base")
+
+    if packed:  # What was gained is told against the base as it was, not against what quantizing left of it.
+        before = look_at_base(training.load_base(base, method="lora", compute_dtype=dtype))
+        _free()
     model = training.load_trained(
-        base, train.path / "adapter", method=train.facts["method"], compute_dtype=train.facts["compute_dtype"]
+        base, train.path / "adapter", method=method, compute_dtype=dtype, packed=packed
     )
-    speaker = Torch(model, tokenizer)
-    nll = {name: reference.write(speaker, text, job.out / f"{name}.kld") for name, text in texts.items()}
-    with model.disable_adapter():
-        before = reference.losses(speaker, texts["domain"], doing="score the base")
-    said = Said(texts=texts, nll=nll, base=before)
-    np.savez(job.out / "reference.npz", **said.arrays())
-    asked = []
-    for i, row in enumerate(rows[: p.questions]):
-        progress.report("answer held-out questions", i, p.questions)
-        prompt = row.prompt_ids()
+    if not packed:
         with model.disable_adapter():
-            replies = {"base": vars(speaker.answer(prompt, p.answer_tokens))}
-        replies["trained"] = vars(speaker.answer(prompt, p.answer_tokens))
-        asked.append({"question": row.messages[-2]["content"], "expected": row.messages[-1]["content"],
-                      "prompt_ids": prompt, "replies": replies})  # fmt: skip
-    (job.out / "questions.json").write_text(json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8")
-    return {"title": _title(job.inputs["base"].facts, train.facts), **_facts(p, said)}
-
-
-def _title(base: Facts, train: Facts) -> str:
-    held = "in NF4" if train["method"] == "qlora" else "in its own precision"
-    name = base.get("name") or base.get("architecture") or "the base"
-    return f"{name} {held} with the trained adapter attached, computed in {train['compute_dtype']}"
-
-
-def _facts(p: Reference, said: Any) -> Facts:
-    import numpy as np
-
-    counted = said.texts["domain"].counted
-    before, trained = (float(np.exp(x[counted].mean())) for x in (said.base, said.nll["domain"]))
-    general = float(np.exp(said.nll["general"].mean())) if "general" in said.nll else None
+            before = look_at_base(model)
+    speaker = Torch(model, tokenizer)
+    record.answer(speaker, "trained", asked, p.answer_tokens)
+    said = record.write(speaker, texts, job.out, base=before, asked=asked)
+    found, counted = record.facts(said, answer_tokens=p.answer_tokens), int(texts["domain"].counted.sum())
     return {
-        "summary": f"perplexity of held-out answers {before:.3f} (base) → {trained:.3f} (trained), {counted.sum():,} tokens"
-        + (f"; of general text {general:.2f}" if general else ""),
-        "ppl_base": before, "ppl_trained": trained, "ppl_general": general,
-        "texts": [text.facts() for text in said.texts.values()], "max_answer_tokens": p.answer_tokens,
-        "n_ctx": max(text.n_ctx for text in said.texts.values()),
+        "title": _title(job.inputs["base"].facts, train.facts, job.inputs.get("quantize/grid")),
+        "summary": f"perplexity of held-out answers {found['ppl_base']:.3f} (base) → {found['ppl_trained']:.3f} (trained), "
+        f"{counted:,} tokens" + (f"; of general text {found['ppl_general']:.2f}" if p.general_windows else ""),
+        **found,
     }  # fmt: skip
 
 
+def run_tuned(job: Job[Reference]) -> Facts:
+    """The same texts and questions, said by the model that training through the rounding left."""
+    llamacpp.activate()
+    llamacpp.ensure("library")
+    from transformers import AutoTokenizer
+
+    from edgeft.grid import model as grid
+    from edgeft.parity import record
+    from edgeft.parity.speakers import Torch
+    from edgeft.training.model import pick_device
+
+    plain, train, file = job.inputs["reference"], job.inputs["train"].facts, job.inputs["quantize/gguf"]
+    checkpoint, dtype = job.inputs["merge"].path / "model", train["compute_dtype"]
+    # Out of the file: every number of it is one that the last step of training computed with.
+    model = grid.load(
+        checkpoint, file.path / "model.gguf", job.inputs["gguf"].path / "model.gguf", device=pick_device(), compute_dtype=dtype
+    )  # fmt: skip
+    before, asked = record.read(plain.path)
+    speaker, most = Torch(model, AutoTokenizer.from_pretrained(checkpoint)), job.params.answer_tokens
+    record.answer(speaker, "trained", asked, most)
+    assert before.base is not None
+    said = record.write(speaker, before.texts, job.out, base=before.base, asked=asked)
+    found = record.facts(said, answer_tokens=most)
+    tuned = f"trained on through the rounding of {file.facts['type']}"
+    return {
+        "title": f"{_name(job.inputs['base'].facts)} {tuned}, computed in {dtype}",
+        "summary": f"perplexity of held-out answers {plain.facts['ppl_trained']:.3f} (before the rounding) → "
+        f"{found['ppl_trained']:.3f} ({tuned})",
+        **found,
+    }
+
+
+def _packed(inputs: Mapping[str, Artifact]) -> Packed | None:
+    from edgeft.training import Packed
+
+    if "quantize/grid" not in inputs:
+        return None
+    file, plain = (inputs[name].path / "model.gguf" for name in ("quantize/grid", "gguf/base"))
+    return Packed(file=file, plain=plain)
+
+
+def _free() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _title(base: Facts, train: Facts, packed: Artifact | None) -> str:
+    held = {"qlora": "in NF4", "lora": "in its own precision"}.get(train["method"], "")
+    held = f"in {packed.facts['type']}" if packed else held
+    return f"{_name(base)} {held} with the trained adapter attached, computed in {train['compute_dtype']}"
+
+
+def _name(base: Facts) -> str:
+    return str(base.get("name") or base.get("architecture") or "the base")
+
+
 STAGE = Stage(
-    name="reference", params=Reference, run=run, needs=("base", "data", "train"),
+    name="reference", params=Reference, run=run, needs=("base", "data", "train"), takes=("quantize/grid", "gguf/base"),
     makes=("domain.kld", "reference.npz", "questions.json"), extra="train", tools=(llamacpp.LIBRARY,),
     estimate=estimates.reference, version=2,
 )  # fmt: skip
+
+TUNED = Stage(
+    name="reference", kind="tuned", table="reference", params=Reference, run=run_tuned,
+    needs=("base", "train", "reference", "merge", "gguf", "quantize/gguf"),
+    makes=("domain.kld", "reference.npz", "questions.json"), extra="train", tools=(llamacpp.LIBRARY,),
+    estimate=estimates.reference, when=Where(table="train", key="method", values=("grid-merged",)), hides=("merge", "gguf"),
+)  # fmt: skip
+"""What a tuned file is held to. The merged model is on the way to it no more."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
-from typing import Literal
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from edgeft import estimates
 from edgeft.errors import RecipeError
@@ -19,8 +20,12 @@ _NOT_ADAPTED = ("lm_head", "embed_tokens", "embed_out", "output_layer", "wte", "
 
 
 class Train(Params):
-    method: Literal["qlora", "lora"] = "qlora"
-    """`qlora` holds the base in 4 bits (NF4, double quantization) while training; `lora` in the compute dtype."""
+    method: Literal["qlora", "lora", "grid-adapter", "grid-merged"] = "qlora"
+    """`qlora` holds the base in 4 bits (NF4, double quantization) while training; `lora` in the compute dtype.
+    `grid-adapter` holds it in the very file that [[quantize]] names, and ships that file with the adapter beside it.
+    `grid-merged` begins as `lora` and then trains on through the rounding of each [[quantize]] file: one plain file."""
+    grid_share: float = Field(default=0.75, gt=0, lt=1)
+    """With `grid-merged`: the share of the steps that goes through the rounding."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Width of the adapter: its capacity, and its size."""
     alpha: float = Field(default=32, gt=0)
@@ -77,10 +82,32 @@ class Train(Params):
                     )
         return value
 
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Train:
+        if self.method != "grid-merged" and "grid_share" in self.model_fields_set:
+            raise ValueError(f'grid_share is the share of method = "grid-merged", not of {self.method!r}')
+        if self.method == "grid-merged" and self.dropout:
+            raise ValueError(
+                f'dropout = {self.dropout:g} cannot go with method = "grid-merged": there the adapter is part of the '
+                "weights that are rounded, and has no inputs of its own to drop; leave dropout out"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A share that the method does not know is not part of the step's key."""
+        found: dict[str, Any] = dump(self)
+        if self.method != "grid-merged":
+            del found["grid_share"]
+        return found
+
+    def wants_table(self) -> str:
+        return "quantize" if self.method.startswith("grid") else ""
+
 
 def run(job: Job[Train]) -> Facts:
     from edgeft import merging
-    from edgeft.training import loop, model, modules, rows, specials
+    from edgeft.training import Packed, loop, model, modules, rows, specials
 
     params, base = job.params, job.inputs["base"].path / "model"
     data, end_of_turn = job.inputs["data"], int(job.inputs["data"].facts["end_of_turn_id"])
@@ -92,18 +119,29 @@ def run(job: Job[Train]) -> Facts:
     rows.check_rows(heldout, end_of_turn=end_of_turn, split="held-out", context=context)
     targets = modules.resolve(empty, params.target_modules)
     merging.check_bindable(base, empty, targets.names)
-    settings = _settings(params, device=device, size=sum(p.numel() for p in empty.parameters()))
+    whole = _settings(params, device=device, size=sum(p.numel() for p in empty.parameters()))
+    settings = _first_part(params, whole, len(train))
 
-    bare = model.load_base(base, method=params.method, device=device, compute_dtype=params.compute_dtype)
+    packed, started = None, "base"
+    if params.method == "grid-adapter":
+        grid = job.inputs["quantize/grid"]
+        packed = Packed(file=grid.path / "model.gguf", plain=job.inputs["gguf/base"].path / "model.gguf")
+        started = f"base in {grid.facts['type']}"
+    method: model.Method = "lora" if params.method == "grid-merged" else params.method
+    bare = model.load_base(
+        base, method=method, device=device, compute_dtype=params.compute_dtype, packed=packed
+    )
     tuned = model.attach(
         bare, targets, rank=params.rank, alpha=params.alpha, dropout=params.dropout, rslora=params.rslora,
         seed=params.seed,
     )  # fmt: skip
+    if packed:
+        _refuse_unwritable(tuned, base, packed.file)
     suspects = specials.untrained(bare, base, train)
     dtype = str(model.pick_dtype(params.compute_dtype, device=device)).removeprefix("torch.")
     log.info(
         "%s on %s, compute %s, optimizer %s, %d rows, %d steps",
-        params.method, model.device_name(device), dtype, settings.resolved_optimizer(), len(train),
+        method, model.device_name(device), dtype, settings.resolved_optimizer(), len(train),
         settings.steps(len(train)),
     )  # fmt: skip
     outcome = loop.train(tuned, train, heldout, settings=settings, end_of_turn=end_of_turn, out=job.out)
@@ -113,7 +151,7 @@ def run(job: Job[Train]) -> Facts:
             outcome.end_of_turn_probability,
         )
     return {
-        "summary": f"held-out loss {outcome.heldout_loss_base:.3f} (base) → {outcome.heldout_loss:.3f}, "
+        "summary": f"held-out loss {outcome.heldout_loss_base:.3f} ({started}) → {outcome.heldout_loss:.3f}, "
         f"{outcome.steps} steps",
         **asdict(outcome),
         "curve": thin(outcome.curve, 60),
@@ -121,7 +159,9 @@ def run(job: Job[Train]) -> Facts:
         "epochs": round(outcome.steps * params.batch_size * params.accumulation / len(train), 3),
         "rows": len(train),
         "heldout_rows": len(heldout),
-        "method": params.method,
+        "method": method,
+        "started_from": started,
+        "rest": _rest(params, whole, settings, len(train)),
         "device": model.device_name(device),
         "device_kind": device.split(":")[0],
         "compute_dtype": dtype,
@@ -133,6 +173,42 @@ def run(job: Job[Train]) -> Facts:
         "trainable_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         "untrained_special_tokens": suspects,
     }
+
+
+def _refuse_unwritable(tuned: Any, base: Path, file: Path) -> None:
+    """Write the adapter that has learnt nothing yet: what llama.cpp's format cannot hold is refused now, not after the
+    training."""
+    from tempfile import TemporaryDirectory
+
+    from edgeft.grid import adapter
+    from edgeft.training import model
+
+    with TemporaryDirectory(prefix="edgeft-adapter-") as name:
+        model.save_adapter(tuned, model.adapter_weights(tuned), Path(name))
+        adapter.write(Path(name), base, file, Path(name) / "adapter.gguf")
+
+
+def _first_part(params: Train, whole: Settings, rows: int) -> Settings:
+    """The settings of what happens here: all of it, or for `grid-merged` the steps before those through the rounding."""
+    if params.method != "grid-merged":
+        return whole
+    steps = whole.steps(rows)
+    first = round(steps * (1 - params.grid_share))
+    if not 0 < first < steps:
+        raise RecipeError(
+            f"train.grid_share is {params.grid_share:g}, which leaves {first} of {steps} steps for the first part",
+            hint="train for more steps, or share them otherwise",
+        )
+    return replace(whole, max_steps=first)
+
+
+def _rest(params: Train, whole: Settings, first: Settings, rows: int) -> Facts | None:
+    """What `tune` has to know to go on: the whole run's settings, and how many of its rows were seen here."""
+    if params.method != "grid-merged":
+        return None
+    return {
+        "settings": asdict(whole), "rows": whole.rows(rows), "seen": first.rows(rows), "rslora": params.rslora,
+    }  # fmt: skip
 
 
 def thin(curve: list[dict[str, float]], most: int) -> list[dict[str, float]]:
@@ -158,6 +234,7 @@ STAGE = Stage(
     params=Train,
     run=run,
     needs=("base", "preflight", "data"),
+    takes=("quantize/grid", "gguf/base"),
     makes=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "curve.jsonl"),
     extra="train",
     resumable=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft.training import model as models
+from edgeft.training import nf4
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ def layers(folder: Path, compute_dtype: torch.dtype) -> list[Layer]:
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     empty = models.skeleton(folder)
-    config = models._nf4(empty, compute_dtype)
+    config = nf4.config(empty, compute_dtype)
     skipped = Bnb4BitHfQuantizer.get_modules_to_not_convert(
         empty, config.llm_int8_skip_modules, empty._keep_in_fp32_modules
     )

@@ -43,9 +43,7 @@ def train(
     Raises StageError when the loss is no number, vanishes or stands still, naming the step.
     """
     steps = settings.steps(len(rows))
-    # Whole epochs end with a short batch rather than with a few rows twice.
-    total = min(steps * settings.batch_size * settings.accumulation, math.ceil(len(rows) * settings.epochs))
-    seen = order(rows, total=total, batch=settings.batch_size, seed=settings.seed)
+    seen = order(rows, total=settings.rows(len(rows)), batch=settings.batch_size, seed=settings.seed)
     base = model.get_base_model()
     if settings.gradient_checkpointing:
         recompute_activations(base)

@@ -10,29 +10,43 @@ import json
 import logging
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeft.errors import RecipeError, SetupError, StageError
-from edgeft.training.modules import Targets, is_transposed, linear_layers
+from edgeft.training import nf4
+from edgeft.training.modules import Targets, is_transposed
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-Method = Literal["qlora", "lora"]
+Method = Literal["qlora", "lora", "grid-adapter"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A base in the blocks of a GGUF file."""
+
+    file: Path
+    """Holds the weights."""
+    plain: Path
+    """The 16-bit file that it was quantized from: tells which tensor each of the checkpoint's parameters became."""
+
+
 def load_base(
-    folder: Path, *, method: Method, device: str = "auto", compute_dtype: ComputeDtype = "auto"
-) -> Any:
+    folder: Path, *, method: Method, device: str = "auto", compute_dtype: ComputeDtype = "auto",
+    packed: Packed | None = None,
+) -> Any:  # fmt: skip
     """The causal language model in `folder`, frozen, ready for an adapter.
 
     `qlora` takes the linear layers of the decoder blocks through bitsandbytes NF4 with double quantization; everything
     else, the output layer among it, stays in the compute dtype. On a GPU they stay NF4; on a CPU they are dequantized
-    once, to the same numbers, where memory allows. `lora` keeps all of it in the compute dtype.
+    once, to the same numbers, where memory allows. `lora` keeps all of it in the compute dtype. `grid-adapter` takes
+    the weights of `packed`, which it asks for, and keeps them in their blocks.
     `device` as for `pick_device`, `compute_dtype` as for `pick_dtype`. With bfloat16 the model's `forward` runs under
     autocast, so that adapters keep float32 weights and multiply in bfloat16.
 
@@ -46,8 +60,10 @@ def load_base(
     where = pick_device(device)
     dtype = pick_dtype(compute_dtype, device=where)
     extra: dict[str, Any] = {}
+    if method == "grid-adapter":
+        return _packed(folder, packed, where, dtype)
     if method == "qlora":
-        extra["quantization_config"] = _nf4(skeleton(folder), dtype)
+        extra["quantization_config"] = nf4.config(skeleton(folder), dtype)
     elif is_quantized(folder):
         raise StageError(f"{folder.name} is already quantized; training starts from 16-bit or 32-bit weights")
     placed = {"": "cpu" if where == "cpu" else 0}  # accelerate wants a quantized model's GPU by number
@@ -57,22 +73,23 @@ def load_base(
     model.config.use_cache = False
     model.requires_grad_(False)
     if method == "qlora":
-        _unpack(model, dtype) if where == "cpu" and _fits(model, dtype) else _never_repack(model)
+        nf4.prepare(model, dtype, on_cpu=where == "cpu")
     if dtype is torch.bfloat16:
         model.forward = torch.autocast(where.split(":")[0], dtype=dtype)(model.forward)
     return model
 
 
 def load_trained(
-    folder: Path, adapter: Path, *, method: Method, device: str = "auto", compute_dtype: ComputeDtype = "auto"
-) -> Any:
+    folder: Path, adapter: Path, *, method: Method, device: str = "auto", compute_dtype: ComputeDtype = "auto",
+    packed: Packed | None = None,
+) -> Any:  # fmt: skip
     """The model as it stood at the end of training: the base of `load_base` with the adapter folder attached.
 
     A PeftModel in eval mode; inside `with model.disable_adapter():` it is the base alone.
     """
     from peft import PeftModel
 
-    base = load_base(folder, method=method, device=device, compute_dtype=compute_dtype)
+    base = load_base(folder, method=method, device=device, compute_dtype=compute_dtype, packed=packed)
     return PeftModel.from_pretrained(base, os.fspath(adapter), is_trainable=False).eval()
 
 
@@ -207,75 +224,13 @@ def recompute_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _nf4(empty: Any, dtype: torch.dtype) -> Any:
-    """Quantize just what `linear_layers` finds: a router or an output layer in 4 bits would be a silent loss."""
-    from torch import nn
-    from transformers import BitsAndBytesConfig
-    from transformers.pytorch_utils import Conv1D
+def _packed(folder: Path, packed: Packed | None, device: str, dtype: torch.dtype) -> Any:
+    from edgeft.grid import model as grid
 
-    inside = set(linear_layers(empty))
-    outside = [
-        name
-        for name, module in empty.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in inside
-    ]
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=outside,
-    )  # fmt: skip
-
-
-def _fits(model: Any, dtype: torch.dtype) -> bool:
-    """Whether the machine has twice the memory that the NF4 layers take as plain numbers."""
-    import bitsandbytes
-    import psutil
-
-    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    needed = sum(m.in_features * m.out_features for m in layers) * dtype.itemsize
-    fits = bool(2 * needed < psutil.virtual_memory().available)
-    log.info(
-        "NF4 layers are %s (%d MB)", "held dequantized" if fits else "dequantized at each use", needed >> 20
-    )
-    return fits
-
-
-def _unpack(model: Any, dtype: torch.dtype) -> None:
-    """Replace each NF4 layer by a plain one that holds the very numbers NF4 stands for.
-
-    On a CPU bitsandbytes dequantizes each weight at each use, one pass over all of them a generated token. The base
-    is frozen, so once is enough: same numbers, a third to a half more speed in training, far more in generation, for
-    the memory a small model has to spare.
-    """
-    import bitsandbytes
-    import torch
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            plain = torch.nn.Linear(
-                module.in_features, module.out_features, bias=False, device="meta", dtype=dtype
-            )  # fmt: skip
-            plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-            if module.bias is not None:
-                plain.bias = torch.nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
-            above, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(above), leaf, plain)
-    model.is_quantized = model.is_loaded_in_4bit = False
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    del model.config.quantization_config
-
-
-def _never_repack(model: Any) -> None:
-    """Stop bitsandbytes from repacking NF4 weights at the first evaluation on a CPU with AVX512-BF16.
-
-    Repacked weights go through an inference kernel without a backward pass (bitsandbytes 0.50, `matmul_4bit`), so
-    training after the step-0 evaluation would lose the gradient through every frozen layer.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    if packed is None:
+        raise StageError("grid-adapter trains on the weights of a GGUF file, and none was given")
+    name: Literal["float32", "bfloat16"] = "float32" if str(dtype) == "torch.float32" else "bfloat16"
+    return grid.load(folder, packed.file, packed.plain, device=device, compute_dtype=name)
 
 
 def _cpuinfo(*keys: str) -> str:

@@ -37,6 +37,12 @@ class Settings:
         steps = max(1, math.ceil(rows * self.epochs / (self.batch_size * self.accumulation)))
         return min(steps, self.max_steps) if self.max_steps else steps
 
+    def rows(self, count: int) -> int:
+        """How many rows, repeats counted, the whole run sees of this many. Whole epochs end with a short batch rather
+        than with a few rows twice."""
+        most = self.steps(count) * self.batch_size * self.accumulation
+        return min(most, math.ceil(count * self.epochs))
+
     def resolved_optimizer(self) -> str:
         """The optimizer by transformers' name for it.
 

@@ -73,6 +73,19 @@ def test_a_pair_is_the_kl_divergence_of_two_runs_of_the_file(floors, q4, parts):
     )
 
 
+def test_a_floor_from_logits_that_were_known_already_is_the_same(floors, q4, parts, tmp_path):
+    """Those of the shipped file's own pass, with a longer context and more windows than the floor asks for."""
+    with Decoder(q4, n_ctx=2 * N_CTX, threads=1) as decoder:
+        asked = kernels.remembered(lambda w: score.scored_logits(decoder, w), 2, tmp_path / "native.f32")
+        for part in (*parts, parts[0]):
+            asked(part)
+    found = kernels.floor(q4, parts, threads=1, native=tmp_path / "native.f32")
+    assert found == floors["Q4_0"]
+    with pytest.raises(DataError, match="does not hold the logits of 1 windows"):
+        (tmp_path / "cut.f32").write_bytes(bytes(100))
+        kernels.floor(q4, parts[:1], threads=1, native=tmp_path / "cut.f32")
+
+
 def test_kernels_from_elsewhere_are_refused(library, tmp_path):
     runtime.native()
     kernels._assert_loaded(library)

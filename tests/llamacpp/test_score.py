@@ -92,6 +92,26 @@ def test_logits_are_compared_at_full_precision_without_a_file():
     assert score.compare_logits(a, a, [0] * 6).kld.max() == 0
 
 
+def test_what_is_measured_does_not_depend_on_how_it_is_cut_up_for_speed(base_file, tiny, monkeypatch):
+    """The same bits from blocks of any size, and from the formulas written out plainly over a whole window."""
+    from edgeft.llamacpp import base_file as blocks
+
+    with decode.Decoder(tiny(64), n_ctx=N_CTX, threads=1) as decoder:
+        found = score.compare(base_file, decoder)
+        monkeypatch.setattr(blocks, "BLOCK", 1 << 21)
+        whole = score.compare(base_file, decoder)
+        base = score.read_base(base_file)
+        b = score.log_softmax(score.scored_logits(decoder, base.windows[1]))
+    for name in score.Scores.__dataclass_fields__:
+        assert np.array_equal(getattr(found, name), getattr(whole, name)), name
+    a = base.unpack(base.packed(1))
+    p = np.exp(a)
+    p[a <= -16] = 0
+    assert np.array_equal(found.kld[1], np.einsum("ij,ij->i", p, a - b, dtype=np.float64))
+    assert np.array_equal(found.entropy_base[1], -np.einsum("ij,ij->i", p, a, dtype=np.float64))
+    assert np.array_equal(found.entropy[1], -np.einsum("ij,ij->i", np.exp(b), b, dtype=np.float64))
+
+
 def test_a_model_with_another_vocabulary_is_refused(base_file):
     with pytest.raises(
         DataError, match="holds 15 x 49152 log-probabilities a window; this model gave 15 x 7"

@@ -12,7 +12,7 @@ import matplotlib
 import pytest
 from rich.console import Console
 
-from edgeft.parity import page
+from edgeft.parity import evidence, page
 from edgeft.parity.certificate import load
 from edgeft.parity.page import document, plots, wording
 from edgeft.parity.page.table import table
@@ -165,7 +165,7 @@ def test_numbers_stand_beside_their_bounds_and_limits(html):
     shown = words(html)
     for f in sample.certificate().files:
         for n in f.findings:
-            row = " ".join(wording.measured(n, v) for v in (n.value, n.bound, n.limit))
+            row = f"{wording.measured(n, n.value)} {wording.measured(n, n.bound)} {wording.limit(n)}"
             assert f"{n.metric} {row}" in shown
         for step in f.steps:
             assert f"{wording.nats(step.loss)} {wording.signed(step.cost)}" in shown
@@ -205,6 +205,35 @@ def test_a_plain_certificate_without_extras_renders(bare):
     assert "PASS" in shown and "was not measured" in shown and "could not be told" in shown
     assert "Quality against size" not in shown and "Which weights got the adapter" not in shown
     assert "General text" not in shown and "The same questions" not in shown
+
+
+def test_the_board_has_its_step_its_row_and_its_log(html, bare):
+    shown, file = words(html), sample.certificate().files[0]
+    assert "moved on the board +0.00034 +0.00057 ±0.0064" in shown
+    assert "8,160 tokens of domain text the board's KL divergence is 0.0044, this machine's 0.0040" in shown
+    assert file.served[0].sha256 in shown and "FP16_VA = 1" in shown
+    assert len(re.findall(r'aria-label="What each step cost[^"]*on the board', html)) == 2  # wide and narrow
+    assert (
+        "Q8_0 on the board, domain text: KLD 0.0044, here 0.0040, moved +0.00034, 0.0064 is allowed"
+        in " ".join(printed(sample.certificate()).split())
+    )
+    assert "on the board" not in words(bare).lower().replace("moved on the board the same file", "")
+
+
+def test_a_file_that_only_the_board_changes_says_so():
+    file = sample.certificate().files[0]
+    worse = replace(file.served[0], moved=0.02, moved_low=0.018, moved_high=0.023)
+    file = evidence.judged(
+        replace(file, served=[worse]), {"domain": file.domain}, file.retention, file.limits
+    )
+    assert file.culprit == "served" and wording.fault(file) == "Step at fault: serving on the device"
+    assert wording.meaning(file).startswith("On the board it is not what it is on this machine")
+
+
+def test_certificates_from_before_boards_were_read_still_load():
+    old = json.loads(json.dumps(sample.bare().as_json()))
+    del old["files"][0]["served"]
+    assert load(old) == sample.bare()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from edgeft import progress
 from edgeft.errors import StageError
-from edgeft.training import Settings, heldout, load_base, load_trained, loop, resolve
+from edgeft.training import Settings, heldout, load_base, load_trained, loop, nf4, resolve
 from edgeft.training import model as models
 from edgeft.training.watch import Watch
 from tests.training import tiny
@@ -126,7 +126,7 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(base, done, tm
 def test_weights_that_stay_in_nf4_train_to_the_same_adapter(base, tmp_path, monkeypatch):
     short = replace(SETTINGS, max_steps=4)
     run(base, tmp_path / "plain", short)
-    monkeypatch.setattr(models, "_fits", lambda *_: False)
+    monkeypatch.setattr(nf4, "_fits", lambda *_: False)
     run(base, tmp_path / "packed", short)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edgeft.errors import SetupError, StageError
-from edgeft.training import heldout, load_base, load_trained, resolve
+from edgeft.training import heldout, load_base, load_trained, nf4, resolve
 from edgeft.training import model as models
 from edgeft.training.specials import untrained
 from tests.training import tiny
@@ -13,7 +13,7 @@ from tests.training import tiny
 def test_a_base_on_the_cpu_holds_exactly_what_nf4_stands_for(tmp_path, monkeypatch):
     base = tiny.checkpoint(tmp_path / "base")
     plain = load_base(base, method="qlora", device="cpu")
-    monkeypatch.setattr(models, "_fits", lambda *_: False)
+    monkeypatch.setattr(nf4, "_fits", lambda *_: False)
     packed = load_base(base, method="qlora", device="cpu")
     full = load_base(base, method="lora", device="cpu")
     kinds = {type(packed.get_submodule(name)).__name__ for name in resolve(packed).names}

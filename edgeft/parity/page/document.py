@@ -30,6 +30,7 @@ TERMS = (
     ("dp", "RMS Δp", "The typical change, up or down, of the probability that the right token gets."),
     ("kept", "Gain kept", "Training made the model better at its task. This is the share of that which is still in the file: 100% is all, 0% means that the fine-tune is gone."),
     ("floor", "Noise floor", "Two processors, both correct, round differently and so differ a little on the very same file. A divergence of this size says nothing about the file."),
+    ("board", "Moved on the board", "The same file, scored by a board's own kernels on the same text against the same reference: KL divergence there minus here. Correct kernels move it by no more than they differ on the file, so twice the noise floor is allowed, in either direction: much less would mean that another file was run."),
     ("tier", "Tier", "A set of limits. near-lossless: nobody should notice. parity: what a good 4-bit file does to a large model. degraded: to be shipped knowingly."),
 )  # fmt: skip
 """What the words mean, once. Linked from where they are used."""
@@ -59,6 +60,7 @@ def render(certificate: Certificate) -> str:
         marks=wording.MARKS, steps=wording.STEPS, headline=wording.headline(certificate), terms=TERMS,
         tiers=sorted({f.limits.said for f in certificate.files}), quality=_quality(certificate), reach=_reach(certificate),
         models={"base": "before training", "trained": "trained", "shipped": "this file"}, measured=wording.measured,
+        limit=wording.limit, board=wording.board,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from edgeft.parity.certificate import Certificate, File, StepCost
+from edgeft.parity.certificate import Certificate, File, Served, StepCost
 from edgeft.parity.checks.check import failed
 from edgeft.parity.gates import Verdict
 from edgeft.parity.page import wording
@@ -33,6 +33,7 @@ def table(certificate: Certificate) -> RenderableType:
         Text(),
         _files(c.files),
         Text("on domain text; in brackets the one-sided 95 % bound, which decides", style="dim"),
+        *(_board(f, s) for f in c.files for s in f.served),
         *(part for f in c.files if f.verdict != "PASS" for part in _reasons(f)),
     )
 
@@ -52,6 +53,17 @@ def _files(files: list[File]) -> Table:
             wording.NONE if kept is None else f"{kept:.0%}", _verdict(f.verdict),
         )  # fmt: skip
     return found
+
+
+def _board(file: File, served: Served) -> Text:
+    """A line for a board's log."""
+    may = (
+        f", {wording.nats(served.limit)} is allowed" if served.limit is not None else ", no limit can be set"
+    )
+    return Text(
+        f"{wording.clean(file.title)} on the board, {served.text} text: KLD {wording.nats(served.kld)}, here "
+        f"{wording.nats(served.kld_here)}, moved {wording.signed(served.moved)}{may}"
+    )
 
 
 def _reasons(file: File) -> Iterator[RenderableType]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from edgeft.parity.certificate import Certificate, File
+from edgeft.parity.certificate import Certificate, File, Served
 from edgeft.parity.checks.check import failed
-from edgeft.parity.gates import Finding
+from edgeft.parity.gates import ON_BOARD, Finding
 
 NONE = "–"
 MARKS = {"PASS": "✓", "FAIL": "✗", "UNDECIDED": "?"}
@@ -65,7 +65,15 @@ def mb(value: float) -> str:
 
 def measured(finding: Finding, value: float) -> str:
     """A finding's value, bound or limit in the form that suits its metric."""
-    return {"KL divergence": nats, "perplexity ratio": ratio}.get(finding.metric, share)(value)
+    kinds = {"KL divergence": nats, "perplexity ratio": ratio, ON_BOARD: signed}
+    return kinds.get(finding.metric, share)(value)
+
+
+def limit(finding: Finding) -> str:
+    """A finding's limit: ±0.0062 where it holds either way."""
+    if finding.metric == ON_BOARD:
+        return f"±{nats(finding.limit)}" if finding.limit else NONE
+    return measured(finding, finding.limit)
 
 
 def clean(text: str) -> str:
@@ -128,6 +136,8 @@ def meaning(file: File) -> str:
     wrong = len(failed(file.checks))
     if wrong:
         return f"{'Something that must be exact is not' if wrong == 1 else f'{wrong} things that must be exact are not'}."
+    if all(f.metric == ON_BOARD for f in file.findings if f.verdict == "FAIL"):
+        return "On the board it is not what it is on this machine: the difference is more than kernels make."
     return f"It strays from the trained model further than {limits} allow."
 
 
@@ -166,6 +176,18 @@ def floor(file: File) -> str:
         if limit > 2 * kld
         else f"That is not far from the limit of {nats(limit)}: on another processor the verdict could come out differently."
     )
+
+
+def board(served: Served) -> str:
+    """What a board's log says, in two sentences."""
+    said = (
+        f"On {served.tokens:,} tokens of {served.text} text the board's KL divergence is {nats(served.kld)}, this machine's "
+        f"{nats(served.kld_here)}: it moved by {signed(served.moved)} ({signed(served.moved_low)} to {signed(served.moved_high)})."
+    )
+    top = f"It finds the reference's top token in {share(served.same_top)} of cases, this machine in {share(served.same_top_here)}."
+    if served.limit is None:
+        return f"{said} {top} No limit can be set: {clean(served.limit_from)}."
+    return f"{said} {top} {nats(served.limit)} either way is allowed, {clean(served.limit_from)}."
 
 
 def _listed(names: list[str]) -> str:
