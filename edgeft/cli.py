@@ -187,6 +187,37 @@ def targets() -> None:
 
 
 @app.command()
+def fit(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint folder, a GGUF file, a recipe, or a hub model in the cache.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        list[str] | None, typer.Option(help="A target's name or file; may be repeated. All by default.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(help="Tokens of a conversation; 0: the recipe's, else 4096.", min=0)
+    ] = 0,
+    kv_type: Annotated[str, typer.Option(help="f16, q8_0 or q4_0; the recipe's, else f16.")] = "",
+    parallel: Annotated[int, typer.Option(help="Conversations at once; 0: the recipe's, else 1.", min=0)] = 0,
+    adapter_rank: Annotated[
+        int, typer.Option(help="Rank of an adapter beside the file; -1: the recipe's, else none.", min=-1)
+    ] = -1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Predict which quantization fits which device, with which context, and how fast it would answer."""
+    from edgeft.commands import fitting
+
+    fitting.fit(
+        model, target or [], context=context, kv_type=kv_type, parallel=parallel, adapter_rank=adapter_rank,
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
 def init(
     data: Annotated[
         Path, typer.Argument(help="A data file: JSON, JSONL, CSV or Parquet.", show_default=False)
@@ -197,6 +228,33 @@ def init(
     from edgeft.commands import looking
 
     looking.init(data, out)
+
+
+@app.command()
+def verify(
+    recipe: Recipe,
+    on: Annotated[str, typer.Option(help="local, qemu, or ssh://user@board[:port].")] = "local",
+    variant: Variant = "",
+    target: Target = "",
+    store: StoreDir = STORE,
+    windows: Annotated[
+        int, typer.Option(help="Windows of each text; 0 takes all, a few under emulation.", min=0)
+    ] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes the target's.", min=0)] = 0,
+    folder: Annotated[str, typer.Option(help="Work folder on the board, absolute; emptied afterwards.")] = "",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave what was sent on the board.")] = False,
+    ssh_option: Annotated[
+        list[str] | None, typer.Option(help="For ssh, such as IdentityFile=KEY; may be repeated.")
+    ] = None,
+) -> None:
+    """Run a built model where it will live, and hold what it says there against the certificate."""
+    from edgeft.commands import verifying
+
+    asked = verifying.Asked(
+        on=on, variant=variant, target=target, windows=windows, threads=threads, folder=folder, keep=keep,
+        ssh_options=tuple(ssh_option or ()),
+    )  # fmt: skip
+    verifying.verify(recipe, store, asked)
 
 
 @app.command()

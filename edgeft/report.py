@@ -4,41 +4,75 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeft import __version__
+from edgeft.boards import record
 from edgeft.build import Report, Result
 from edgeft.stage import Artifact, Step
 from edgeft.store import Store, read_manifest, write_atomically
 
 if TYPE_CHECKING:
-    from edgeft.parity.certificate import Certificate
+    from edgeft.parity.certificate import Certificate, File
+
+OnBoards = Callable[[str, "File", Mapping[str, Artifact]], "File"]
+"""A file's variant, the file, and the steps behind it; the file with what boards said of it."""
 
 SCHEMA = 1
 """Raised when a key of report.json changes its meaning or goes away."""
+BOARDS = "boards.json"
+"""Beside the report: what `edgeft verify` measured."""
 
 
 def write(report: Report, store: Store, recipe: str, target: str) -> Path:
     """Write `reports/<recipe>/report.json` and `report.md` into the store; returns the Markdown file."""
     folder = store.root / "reports" / recipe
     document = as_document(report, recipe, target)
-    write_atomically(folder / "report.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / "report.md", as_markdown(document))
+    shipped = {s["facts"].get("sha256") for s in document["steps"] if s["stage"] == "verify"}
+    document["boards"] = [b for b in record.known(folder / BOARDS) if b["file_sha256"] in shipped]
+    _write(document, folder)
     return folder / "report.md"
 
 
-def certify(report: Report, store: Store, recipe: str, recipe_path: str) -> Certificate | None:
+def add_boards(store: Store, recipe: str, found: Sequence[dict[str, Any]]) -> Path | None:
+    """Put what machines did with the shipped files into the last report; the Markdown file, None without a report.
+
+    Of two records of one file on one kind of machine the newer stays. They are kept in BOARDS, from where the next
+    build's report takes those of files that are still the same.
+    """
+    folder = store.root / "reports" / recipe
+    kept = record.merged(record.known(folder / BOARDS), found)
+    write_atomically(folder / BOARDS, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    try:
+        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    shipped = {s["facts"].get("sha256") for s in document["steps"] if s["stage"] == "verify"}
+    document["boards"] = [b for b in kept if b["file_sha256"] in shipped]
+    _write(document, folder)
+    return folder / "report.md"
+
+
+def _write(document: dict[str, Any], folder: Path) -> None:
+    write_atomically(folder / "report.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / "report.md", as_markdown(document))
+
+
+def certify(
+    report: Report, store: Store, recipe: str, recipe_path: str, *, served: OnBoards | None = None
+) -> Certificate | None:
     """Write `certificate.json` and `certificate.html` beside the report and return the document.
 
-    It covers every file that was measured, whatever the gate said. None when no file was, or when the certificate of
-    the same steps is there already.
+    It covers every file that was measured, whatever the gate said. None when no file was. The certificate of the same
+    steps that is there already is kept, with what boards said of its files. With `served` it is made again; that is
+    given each file by variant, with the steps behind it, and hands back what becomes of it.
     """
     from edgeft.parity import collected, page
-    from edgeft.stages.export_bundle import predicted, target
+    from edgeft.staging import predicted, target
 
     made = {r.step.key: r.artifact for r in report.results if r.artifact}
     by_variant = {r.step.variant: _behind(r.step, made) for r in built(report, "verify")}
@@ -48,7 +82,7 @@ def certify(report: Report, store: Store, recipe: str, recipe_path: str) -> Cert
     device, serve = others.get("device", {}), others.get("serve", {})
     folder = store.root / "reports" / recipe
     keys = {r.step.title: r.step.key for r in report.results if r.artifact}
-    if known := _known(folder, keys):
+    if served is None and (known := _known(folder, keys)):
         return known
     files = []
     for variant, steps in by_variant.items():
@@ -61,7 +95,8 @@ def certify(report: Report, store: Store, recipe: str, recipe_path: str) -> Cert
         gate = next(
             r.step.params for r in report.results if r.step.stage.name == "gate" and r.step.variant == variant
         )
-        files.append(collected.file(steps, gate.limits(), memory_mb=memory))  # type: ignore[attr-defined]
+        one = collected.file(steps, gate.limits(), memory_mb=memory)  # type: ignore[attr-defined]
+        files.append(served(variant, one, steps) if served else one)
     found = collected.certificate(
         files, next(iter(by_variant.values())), name=recipe, command=f"edgeft build {recipe_path}",
         target=target(device) if device else {}, when=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -153,6 +188,7 @@ def as_markdown(document: dict[str, Any]) -> str:
     ]
     lines += _training(steps)
     lines += _files(steps)
+    lines += record.as_markdown(document.get("boards", []))
     lines += _answers(steps)
     lines += ["## Steps", "", "| step | | seconds | what came of it |", "|---|---|---|---|"]
     lines += [

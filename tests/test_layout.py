@@ -16,9 +16,10 @@ FLOORS = [
     {"store"},
     {"llamacpp", "corpus"},
     {"grid"},
-    {"checkpoint", "training", "fit", "bundle"},
-    {"parity", "merging", "chat", "doctor"},
+    {"checkpoint", "training", "fit", "bundle", "runtimes"},
+    {"export", "parity", "merging", "chat", "doctor", "boards"},
     {"estimates"},
+    {"staging"},
     {"stages"},
     {"recipe"},
     {"plan"},
@@ -31,7 +32,7 @@ FLOORS = [
 ]
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "gguf", "numpy", "llama_cpp", "huggingface_hub",
          "datasketch", "safetensors", "zstandard", "jinja2", "scipy", "matplotlib"}  # fmt: skip
-PIPELINE = {"stage", "store", "plan", "build", "recipe", "stages"}
+PIPELINE = {"stage", "store", "staging", "plan", "build", "recipe", "stages"}
 DOMAIN = {
     "corpus",
     "llamacpp",
@@ -41,9 +42,12 @@ DOMAIN = {
     "checkpoint",
     "merging",
     "bundle",
+    "export",
     "doctor",
     "chat",
     "grid",
+    "boards",
+    "runtimes",
 }
 
 

@@ -33,9 +33,8 @@ def write_bundle(
     """
     import zstandard
 
-    manifest = {**about, "files": {name: _fingerprint(contents[name]) for name in sorted(contents)}}
-    manifest |= _pair(contents)
-    text = (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    manifest = manifest_of(contents, about)
+    text = manifest_text(manifest)
     total = sum(f["bytes"] for f in manifest["files"].values())
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     compressor = zstandard.ZstdCompressor(
@@ -59,6 +58,20 @@ def write_bundle(
     finally:
         aside.unlink(missing_ok=True)
     return manifest
+
+
+def manifest_of(contents: Mapping[str, Content], about: Mapping[str, Any]) -> dict[str, Any]:
+    """`about`, the size and sha256 of every file, and `adapter`: for which weights the one beside the model is.
+
+    Raises DataError for an adapter of another base.
+    """
+    files = {name: _fingerprint(contents[name]) for name in sorted(contents)}
+    return {**about, "files": files, **_pair(contents)}
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as its file."""
+    return (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def verify_bundle(path: Path) -> dict[str, Any]:

@@ -8,6 +8,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+CHECKPOINTS = 2
+"""Copies of a windowed layer's cache that the server keeps a conversation. Its own default is 32, whatever `--cache-ram`
+says: gigabytes with some models. Two are enough to ask the last question again."""
+_WITHOUT_TEMPLATE = (
+    "#",
+    "# This file sets no TEMPLATE. Ollama does not run the Jinja template inside model.gguf: it picks the most",
+    "# similar of its own, which may not be the one this model was trained with. Compare",
+    "#   ollama show NAME --template",
+    '# with tokenizer.chat_template of the GGUF, or send prompts that you rendered yourself with "raw": true.',
+    "# llama-server (run.sh) uses the model's own template.",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -35,8 +47,9 @@ class Settings:
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def server_arguments(s: Settings) -> list[str]:
+def server_arguments(s: Settings, *, address: bool = True) -> list[str]:
     """llama-server's options for these settings, without the model's path (names of the pinned llama.cpp).
+    `address`: with host and port; whoever gives them in another way leaves them out.
 
     The context is always written out, since the default is the trained length, and the prompt cache too,
     since its default is 8 GiB.
@@ -48,11 +61,12 @@ def server_arguments(s: Settings) -> list[str]:
         "--threads", str(s.threads), "--threads-batch", str(s.threads),
         *(("--gpu-layers", "999") if s.gpu else ()),
         "--load-mode", "mmap" if s.mmap else "none", "--cache-ram", str(s.prompt_cache_mb),
+        "--ctx-checkpoints", str(CHECKPOINTS),
         "--temp", _number(s.temperature), "--top-k", str(s.top_k), "--top-p", _number(s.top_p),
         "--min-p", _number(s.min_p), "--repeat-penalty", _number(s.repeat_penalty),
         "--jinja",
         *(("--ui-config", json.dumps({"systemMessage": s.system}, ensure_ascii=False)) if s.system else ()),
-        "--host", s.host, "--port", str(s.port),
+        *(("--host", s.host, "--port", str(s.port)) if address else ()),
     ]  # fmt: skip
 
 
@@ -80,20 +94,15 @@ def run_script(s: Settings, *, llama_cpp: str, adapter: bool = False) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def modelfile(s: Settings, stop: Sequence[str], *, adapter: bool = False) -> bytes:
+def modelfile(s: Settings, stop: Sequence[str], *, adapter: bool = False, template: str = "") -> bytes:
     """A Modelfile for `ollama create`; `adapter`: with the adapter beside the model.
 
-    It has no TEMPLATE: Ollama's templates are Go, the model's is Jinja, and a translation that nobody has
-    compared prompt by prompt is worse than none (ollama #8982, #10222).
+    Without `template` it has no TEMPLATE: Ollama's templates are Go, the model's is Jinja, and a translation that nobody has
+    compared prompt by prompt is worse than none (ollama #8982, #10222). edgeft.export.translate makes one that was.
     """
     lines = [
         "# ollama create NAME -f Modelfile",
-        "#",
-        "# This file sets no TEMPLATE. Ollama does not run the Jinja template inside model.gguf: it picks the most",
-        "# similar of its own, which may not be the one this model was trained with. Compare",
-        "#   ollama show NAME --template",
-        '# with tokenizer.chat_template of the GGUF, or send prompts that you rendered yourself with "raw": true.',
-        "# llama-server (run.sh) uses the model's own template.",
+        *((f"TEMPLATE {_quoted(template)}",) if template else _WITHOUT_TEMPLATE),
         "FROM ./model.gguf",
         *(("ADAPTER ./adapter.gguf",) if adapter else ()),
         f"PARAMETER num_ctx {s.context}",

@@ -171,9 +171,11 @@ def _say_result(result: BuildReport, recipe: Path, page: Path) -> None:
     console.out.print(f"\nreport   {page}", markup=False, highlight=False)
     if (drawn := page.with_name("certificate.html")).is_file():
         console.out.print(f"page     {drawn}", markup=False, highlight=False)
-    for r in report.built(result, "export/bundle"):
-        if r.artifact:
-            console.out.print(f"bundle   {r.artifact.path / 'bundle.tar.zst'}", markup=False, highlight=False)
+    for r in result.results:
+        if r.artifact and r.step.stage.name == "export":
+            for name in (n for n in r.step.stage.makes if not n.endswith(".json")):
+                place = f"{r.step.stage.kind:8} {r.artifact.path / name}"
+                console.out.print(place, markup=False, highlight=False)
     console.out.print(f"next     edgeft chat {recipe}", markup=False, highlight=False)
 
 

@@ -24,6 +24,26 @@ def base_shape(base: Any, artifact: Path | None = None) -> ModelShape | None:
     return None
 
 
+def cached_model(name: str) -> Path | None:
+    """The folder of a hub model `owner/name` or `owner/name@revision` whose config.json is in a cache of this machine.
+
+    Without a revision the one that `main` pointed to when it was last fetched, else any. None when there is none.
+    """
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        return None
+    owner = hub_cache() / f"models--{repo.replace('/', '--')}"
+    main = owner / "refs" / "main"
+    if not revision and main.is_file():
+        revision = main.read_text(encoding="utf-8").strip()
+    ours = f"{repo.replace('/', '--')}@{revision or '*'}"
+    places = [
+        *sorted((owner / "snapshots").glob(revision or "*")),
+        *sorted((resources.cache() / "hub").glob(ours)),
+    ]
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
 def hub_cache() -> Path:
     """Where huggingface_hub keeps downloads: $HF_HUB_CACHE, else hub/ in $HF_HOME, else in ~/.cache/huggingface."""
     if own := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):

@@ -1,6 +1,7 @@
 """How much memory llama-server takes on a board, part by part, and the largest thing that would still fit.
 
-Measured against llama.cpp's own log on SmolLM2-135M (weights, KV cache and compute buffer to 1 %).
+Compared with llama.cpp's own report for eleven families of shapes by benchmarks/memory_prediction.py: KV cache and compute
+buffer to 0.1 %, weights to 1.3 %.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgeft.errors import RecipeError
+from edgeft.fit import scratch
 from edgeft.fit.board import Board
 from edgeft.fit.mixture import BLOCKS
 from edgeft.fit.quant import Placed, place, row_bytes
+from edgeft.fit.scratch import Batch
 from edgeft.fit.shape import ModelShape
 
 KV_TYPES = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -35,6 +38,9 @@ class Serving:
     """Map the file instead of reading it: then weights that are repacked lie in memory twice."""
     prompt_cache_mb: int = 0
     """What the server may keep of earlier conversations (`--cache-ram`; its own default is 8 GiB)."""
+    checkpoints: int = 2
+    """Copies of the windowed layers' cache that the server keeps a conversation, so that an answer can be asked for again
+    (`--ctx-checkpoints` of bundle/launch.py; its own default is 32). Models without windows have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +56,21 @@ class Need:
     """The server process, the vocabulary, and the prompt cache it is allowed."""
     adapter: float = 0.0
     """An adapter that is loaded beside the weights."""
+    checkpoints: float = 0.0
+    """Copies of the windowed layers' cache, once a conversation has had enough turns to fill their number."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.repacked + self.kv_cache + self.compute + self.runtime + self.adapter
+        parts = (
+            self.weights,
+            self.repacked,
+            self.kv_cache,
+            self.compute,
+            self.runtime,
+            self.adapter,
+            self.checkpoints,
+        )
+        return sum(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +125,7 @@ def predict(
         compute=compute_bytes(shape, serving) / 1e6,
         runtime=_runtime(shape, serving, board) / 1e6,
         adapter=adapter_mb,
+        checkpoints=0 if board.vram_mb else checkpoint_bytes(shape, serving) / 1e6,
     )
 
 
@@ -127,28 +145,36 @@ def kv_bytes(shape: ModelShape, serving: Serving) -> int:
             f"a KV cache of type {serving.kv_type} needs rows of a multiple of 32; this model has {width}",
             hint='use kv_type = "f16"',
         )
-    cells = _padded(serving.context)
-    windowed = min(cells, _padded(shape.sliding_window + UBATCH)) if shape.sliding_window else cells
+    cells, windowed = _cells(shape, serving)
     rows = (shape.layers - shape.window_layers) * cells + shape.window_layers * windowed
     return 2 * rows * row_bytes(kind, width) * serving.parallel
 
 
-def compute_bytes(shape: ModelShape, serving: Serving) -> int:
-    """The scratch buffer for one batch of a prompt, with flash attention, which is on by default.
+def checkpoint_bytes(shape: ModelShape, serving: Serving) -> int:
+    """What the server keeps so that an answer can be asked for again: the windows' cache, once a checkpoint.
 
-    Measured on SmolLM2-135M with 512 tokens a batch: 13.5 MiB and 1 MiB for each 1024 tokens of context. That
-    is three rows of the feed-forward width and four of the hidden width a token in float32, and a 16-bit mask
-    of batch x context. The server asks for the logits of one token a sequence (server-context.cpp:
-    n_outputs_max), so a large vocabulary costs little here; other programs reserve 512 rows of it.
+    In main memory, whatever `--cache-ram` says (server-context.cpp, create_checkpoint): 5.006 MiB each were logged for ten
+    windowed layers of 512 tokens, and this gives 5.000.
     """
-    cells = _padded(serving.context) * serving.parallel
-    batch = min(UBATCH, cells)
-    width = max(shape.hidden, shape.heads * shape.head_dim)
-    ffn = shape.ffn * max(1, shape.experts_used)
-    activations = (3 * ffn + 4 * width) * 4 * batch
-    mask = 2 * batch * cells * (2 if shape.window_layers else 1)
-    logits = 2 * 4 * shape.vocab * serving.parallel
-    return activations + mask + logits
+    tokens = min(shape.sliding_window, serving.context) * shape.window_layers
+    row = row_bytes(KV_TYPES[serving.kv_type], shape.kv_heads * shape.head_dim)
+    return 2 * tokens * row * serving.checkpoints * serving.parallel
+
+
+def compute_bytes(shape: ModelShape, serving: Serving) -> int:
+    """The scratch buffer for one batch of a prompt, and the buffer that logits are handed out in.
+
+    The server asks for the logits of one token a conversation (server-context.cpp: n_outputs_max), so a large
+    vocabulary costs little here; other programs reserve 512 rows of it. Each conversation's part of a batch looks only
+    at its own cells, so the mask does not grow with their number.
+    """
+    cells, windowed = _cells(shape, serving)
+    kinds = (cells,) if shape.window_layers < shape.layers else ()
+    batch = Batch(
+        tokens=min(UBATCH, cells * serving.parallel), outputs=serving.parallel,
+        masks=(*kinds, windowed) if shape.window_layers else kinds, rotated=serving.kv_type != "f16",
+    )  # fmt: skip
+    return scratch.compute_bytes(shape, batch) + 4 * shape.vocab * serving.parallel
 
 
 def repackable(kind: str, rows: int, board: Board) -> bool:
@@ -176,12 +202,12 @@ def largest_that_fits(
 ) -> Largest:  # fmt: skip
     """The longest context for this quantization, and the largest quantization (of `labels`) at this context."""
     needs = {name: predict(shape, name, serving, board, adapter_mb=adapter_mb) for name in {*labels, label}}
-    fixed = {name: need.total - need.kv_cache - need.compute for name, need in needs.items()}
+    fixed = {name: _fixed(need) for name, need in needs.items()}
     by_size = sorted(labels, key=lambda name: -needs[name].weights)
     shortest = replace(serving, context=min(serving.context, 512))
 
     def first(way: Serving) -> str:
-        room = board.available_mb - _growing(shape, way)
+        room = board.available_mb - _growing(shape, way, board)
         return next((name for name in by_size if fixed[name] <= room), "")
 
     small = first(shortest)
@@ -192,13 +218,21 @@ def largest_that_fits(
     )
 
 
+def longest_context(
+    shape: ModelShape, label: str, serving: Serving, board: Board, *, adapter_mb: float = 0.0
+) -> int:  # fmt: skip
+    """The longest context in steps of 256 that fits with everything else unchanged, never above the trained one."""
+    need = predict(shape, label, serving, board, adapter_mb=adapter_mb)
+    return _longest(shape, _fixed(need), serving, board)
+
+
 def refusal(shape: ModelShape, fit: Fit) -> tuple[str, str]:
     """The sentence that refuses a model, and the hint with the largest that would fit."""
     s, need, board = fit.serving, fit.need, fit.board
     slots = f" for each of {s.parallel} conversations" if s.parallel > 1 else ""
     parts = ", ".join(f"{n} {_size(v)}" for n, v in (
         ("weights", need.weights), ("repacked copies", need.repacked), ("adapter", need.adapter),
-        ("KV cache", need.kv_cache), ("buffers", need.compute), ("server", need.runtime),
+        ("KV cache", need.kv_cache), ("its copies", need.checkpoints), ("buffers", need.compute), ("server", need.runtime),
     ) if v >= 0.5)  # fmt: skip
     about = "" if shape.exact else f" (estimated: {shape.architecture or 'this architecture'} is not known)"
     message = (
@@ -238,11 +272,13 @@ def _copies(shape: ModelShape, placed: Sequence[Placed], serving: Serving, board
 
 
 def _runtime(shape: ModelShape, serving: Serving, board: Board) -> float:
-    """60 MB for the process and its threads, 400 bytes a token of vocabulary (measured: 20 MB for 49,152).
+    """30 MB for the process, its threads and what requests leave, 400 bytes a token of vocabulary.
 
+    Measured peaks less what llama.cpp reports: 39 MB with SmolLM2's 49,152 tokens, where this gives 50; 28 to 53 MB with
+    made-up vocabularies of 32,000 to 131,072, where it gives 43 to 82 (benchmarks/memory_prediction.py).
     On a card this lies in main memory; what the card itself loses is the target's vram_reserve_mb.
     """
-    return 0 if board.vram_mb else 60e6 + 400 * shape.vocab + serving.prompt_cache_mb * 1e6
+    return 0 if board.vram_mb else 30e6 + 400 * shape.vocab + serving.prompt_cache_mb * 1e6
 
 
 def _longest(shape: ModelShape, fixed_mb: float, serving: Serving, board: Board) -> int:
@@ -250,16 +286,28 @@ def _longest(shape: ModelShape, fixed_mb: float, serving: Serving, board: Board)
     low, high = 0, (shape.context_length or 131072) // _CELLS
     while low < high:
         middle = (low + high + 1) // 2
-        if fixed_mb + _growing(shape, replace(serving, context=middle * _CELLS)) <= board.available_mb:
+        if fixed_mb + _growing(shape, replace(serving, context=middle * _CELLS), board) <= board.available_mb:
             low = middle
         else:
             high = middle - 1
     return low * _CELLS
 
 
-def _growing(shape: ModelShape, serving: Serving) -> float:
+def _fixed(need: Need) -> float:
+    """MB of what does not depend on the context."""
+    return need.total - need.kv_cache - need.compute - need.checkpoints
+
+
+def _growing(shape: ModelShape, serving: Serving, board: Board) -> float:
     """MB of what grows with the context."""
-    return (kv_bytes(shape, serving) + compute_bytes(shape, serving)) / 1e6
+    copies = 0 if board.vram_mb else checkpoint_bytes(shape, serving)
+    return (kv_bytes(shape, serving) + compute_bytes(shape, serving) + copies) / 1e6
+
+
+def _cells(shape: ModelShape, serving: Serving) -> tuple[int, int]:
+    """Cells of one conversation in a layer that sees all of it, and in one that sees a window of it."""
+    cells = _padded(serving.context)
+    return cells, min(cells, _padded(shape.sliding_window + UBATCH)) if shape.sliding_window else cells
 
 
 def _padded(tokens: int) -> int:

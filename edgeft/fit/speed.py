@@ -22,15 +22,17 @@ class Range:
         return f"{self.low:.{digits}f}-{self.high:.{digits}f} tokens/s (predicted)"
 
 
-def decode(shape: ModelShape, label: str, board: Board, *, used: int = 0, kv_type: str = "f16") -> Range:
-    """Tokens a second while answering, with `used` tokens already in the context.
+def decode(
+    shape: ModelShape, label: str, board: Board, *, used: int = 0, kv_type: str = "f16", beside: int = 0
+) -> Range:
+    """Tokens a second while answering, with `used` tokens already in the context and `beside` bytes of an adapter.
 
     One token reads every weight once, so time = overhead + (weights + KV cache) / bandwidth. On six published
     Raspberry Pi 5 results one bandwidth explains all within 5 %.
     """
     weights = read_bytes(shape, label)
     cache = kv_bytes(shape, Serving(context=used, kv_type=kv_type)) if used else 0
-    slow, fast = (_rate(weights + cache, board, gb_s) for gb_s in board.effective_gb_s)
+    slow, fast = (_rate(weights + beside + cache, board, gb_s) for gb_s in board.effective_gb_s)
     return Range(low=slow, high=fast)
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 from edgeft import progress
 from edgeft.errors import SetupError, ToolError
+from edgeft.llamacpp import note
 from edgeft.llamacpp.pin import Pin, load
 from edgeft.llamacpp.source import home, llama_cpp_tree, locked
 from edgeft.llamacpp.threads import allowed_cpus
@@ -73,7 +75,7 @@ PERPLEXITY = Part(part="perplexity")
 PORTABLE = Part(part="portable")
 """ggml's processor kernels without this processor's instructions: other sums, other roundings, same model."""
 PERPLEXITY_A76 = Part(part="perplexity-a76")
-"""llama-perplexity as one static file for aarch64 boards from the Raspberry Pi 5 on, cross-compiled."""
+"""llama-perplexity out of the Raspberry Pi 5's runtime: one static file, cross-compiled."""
 
 
 def ensure(part: str = "library") -> Path:
@@ -126,15 +128,15 @@ def binaries() -> Path:
 
 def _folder(part: str) -> Path:
     """Where a part's files are: with all others, or in the tree of its own settings."""
-    if not (own := load().parts[part].cmake):
+    own = load().parts[part]
+    if not own.cmake:
         return binaries()
-    settings = hashlib.sha256(json.dumps(sorted(own.items())).encode()).hexdigest()[:8]
-    return home() / f"build-{part}-{platform.machine()}-{settings}" / "bin"
+    return home() / f"build-{own.tree}-{platform.machine()}-{own.settings}" / "bin"
 
 
 def _compile(part: str) -> None:
     pin, tree = load(), _folder(part).parent
-    _compiler(part)
+    compiler = _compiler(part)
     ninja = _program("ninja")
     tree.mkdir(parents=True, exist_ok=True)
     ggml = tree / "optimize-ggml.cmake"
@@ -143,21 +145,45 @@ def _compile(part: str) -> None:
         encoding="utf-8",
     )
     progress.report("configure llama.cpp")
+    own = dict(pin.parts[part].cmake)
+    if "CMAKE_CXX_COMPILER" in own:
+        own["CMAKE_CXX_COMPILER"], own["CMAKE_C_COMPILER"] = compiler, _c_compiler(compiler)
+    source = os.fspath(llama_cpp_tree())
+    here = {"{source}": source, "{tree}": os.fspath(tree)}
+    if any("{note}" in value for value in own.values()):
+        here["{note}"] = os.fspath(_note(part, compiler))
+    for word, path in here.items():  # inside compiler flags, which a shell reads
+        own = {key: text.replace(word, shlex.quote(path)) for key, text in own.items()}
     settings = {
         **pin.cmake,
-        **pin.parts[part].cmake,
+        **own,
         "LLAMA_BUILD_COMMIT": pin.commit,
         "CMAKE_PROJECT_ggml_INCLUDE": os.fspath(ggml),
         "CMAKE_MAKE_PROGRAM": ninja,
     }
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
-    run([
-        _program("cmake"), "-S", os.fspath(llama_cpp_tree()), "-B", os.fspath(tree), "-G", "Ninja", *definitions,
-    ])  # fmt: skip
+    env = {"SOURCE_DATE_EPOCH": "0", "LC_ALL": "C"}
+    run([_program("cmake"), "-S", source, "-B", os.fspath(tree), "-G", "Ninja", *definitions], env=env)
     run(
         [ninja, "-C", os.fspath(tree), "-j", str(_jobs()), *pin.parts[part].targets],
+        env=env,
         watch=lambda line: _report(part, line),
     )
+
+
+def identity(part: str) -> dict[str, str]:
+    """What a runtime's note says: which runtime it is, for what processor, and from which source with which settings."""
+    own = load().parts[part]
+    pin = f"{load().id}-{own.settings}"
+    return {"runtime": own.tree, "arch": own.words["arch"], "isa": own.words["isa"], "pin": pin}
+
+
+def _note(part: str, compiler: str) -> Path:
+    """The object file with the note, linked into every program of the part's tree."""
+    source = _folder(part).parent / "note.s"
+    source.write_text(note.assembler(identity(part)), encoding="ascii")
+    run([compiler, "-c", os.fspath(source), "-o", os.fspath(source.with_suffix(".o"))])
+    return source.with_suffix(".o")
 
 
 def _report(part: str, line: str) -> None:
@@ -232,13 +258,16 @@ def _program(name: str) -> str:
 
 
 def _compiler(part: str) -> str:
-    if cross := load().parts[part].cmake.get("CMAKE_CXX_COMPILER"):
+    own = load().parts[part].cmake
+    if cross := own.get("CMAKE_CXX_COMPILER"):
         if found := shutil.which(cross):
             return found
+        if own.get("CMAKE_SYSTEM_PROCESSOR") == platform.machine() and (found := shutil.which("g++")):
+            return found  # not a cross compiler, here
         kind, _, program = cross.rpartition("-")  # Debian's packages are named the other way round
         raise SetupError(
             f"{cross} is not installed, so llama.cpp's {part} cannot be compiled",
-            hint=f"sudo apt install {program}-{kind}",
+            hint=f"sudo apt install {program}-{kind.replace('_', '-')}",
         )
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name.split()[0])):
@@ -246,6 +275,10 @@ def _compiler(part: str) -> str:
     raise SetupError(
         "no C++ compiler is installed, so llama.cpp cannot be compiled", hint="sudo apt install g++"
     )
+
+
+def _c_compiler(cxx: str) -> str:
+    return cxx.removesuffix("g++") + "gcc"
 
 
 def _jobs() -> int:

@@ -96,16 +96,27 @@ def held(
     return evidence.judged(file, comparisons, file.retention, file.limits)
 
 
-def held_in_build(file: File, made: Mapping[str, Made], logs: Sequence[Log]) -> File:
+def held_in_build(
+    file: File, made: Mapping[str, Made], logs: Sequence[Log], *, windows: Mapping[str, int] | None = None
+) -> File:
     """The same for a file of a build: `file` and `made` are what `collected.file` gave and took.
 
-    The boards score against `domain.kld` and `general.kld` of the step "reference".
+    The boards score against `domain.kld` and `general.kld` of the step "reference", or against base files cut to the
+    first `windows` of them, by text; then this machine's numbers for the same windows are what they are held against.
     """
     import numpy as np
 
     reference = Reference.of(dict(np.load(made["reference"].path / "reference.npz")))
     scores = evidence.scores_of(dict(np.load(made["verify"].path / "scores.npz")))
+    for name, count in (windows or {}).items():
+        if name in scores and count < len(scores[name].kld):
+            file = replace(file, notes=[*file.notes, _fewer(name, count, len(scores[name].kld))])
+            scores[name] = scores[name].first(count)
     return held(file, reference, scores, logs)
+
+
+def _fewer(name: str, count: int, of: int) -> str:
+    return f"the board scored the first {count} of {of} windows of the {name} text; it is held against the same here"
 
 
 def allowed(floor: float | None, types: set[str], kernels: str) -> tuple[float | None, str]:

@@ -8,6 +8,9 @@ from edgeft.stages import (
     data,
     device,
     export_bundle,
+    export_deb,
+    export_oci,
+    export_ollama,
     gate,
     gguf,
     imatrix,
@@ -44,4 +47,7 @@ STAGES: tuple[Stage[Any], ...] = (
     verify.STAGE,
     gate.STAGE,
     export_bundle.STAGE,
+    export_deb.STAGE,
+    export_oci.STAGE,
+    export_ollama.STAGE,
 )

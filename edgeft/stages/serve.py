@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from edgeft.bundle.launch import CHECKPOINTS
 from edgeft.fit.memory import Serving
 from edgeft.stage import Facts, Job, Params, Stage
 
@@ -40,7 +41,8 @@ class Serve(Params):
 
     def serving(self) -> Serving:
         """What of it costs memory, as the fit package takes it."""
-        return Serving(**self.model_dump(include=set(Serving.__dataclass_fields__)))
+        given = self.model_dump(include=set(Serving.__dataclass_fields__))
+        return Serving(**given, checkpoints=CHECKPOINTS)
 
 
 def run(job: Job[Serve]) -> Facts:

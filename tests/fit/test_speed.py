@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
 from edgeft.fit.shape import from_config
 from edgeft.fit.speed import decode, prefill, read_bytes
-from edgeft.recipe import load
-from edgeft.resources import folder
-from edgeft.stages.device import STAGE
+from tests.conftest import ROOT
 from tests.fit.models import LLAMA_3B, LLAMA_8B, SMOLLM2
 
-PUBLISHED = [
-    ("pi-5-16gb", LLAMA_3B, "Q4_K_M", 4.88),
-    ("pi-5-16gb", LLAMA_8B, "Q4_K_M", 2.17),
-    ("pi-4-8gb", LLAMA_3B, "Q4_K_M", 1.60),
-    ("n100-mini-pc", LLAMA_8B, "Q4_K_M", 3.0),
-    ("n100-mini-pc", LLAMA_3B, "Q4_K_M", 9.06),
-    ("rtx-3060-box", LLAMA_3B, "Q4_K_M", 122.9),
-    ("jetson-orin-nano-8gb", SMOLLM2, "Q4_K_S", 165),
-]
+sys.path.append(os.fspath(ROOT / "benchmarks"))
+from published_speed import MODELS, POINTS, board, errors
 
 
-def board(name):
-    tables = load(folder("targets") / f"{name}.toml", per_target=True)
-    return next(p for s, p in tables.rows if s is STAGE).board()
-
-
-@pytest.mark.parametrize(("target", "config", "label", "measured"), PUBLISHED)
-def test_a_published_speed_lies_in_the_predicted_range(target, config, label, measured):
-    found = decode(from_config(config), label, board(target))
-    assert found.low * 0.95 <= measured <= found.high * 1.05, found
+@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p.target} {p.model} {p.speed}")
+def test_a_published_speed_lies_in_the_predicted_range(point):
+    found = decode(from_config(MODELS[point.model]), point.label, board(point.target))
+    assert found.low * 0.95 <= point.speed <= found.high * 1.05, found
     assert str(found).endswith("tokens/s (predicted)")
+
+
+def test_a_speed_is_predicted_from_other_points_of_the_same_kind_of_board_alone():
+    blind = {p: errors(p)[3] for p in POINTS}
+    assert all(abs(e) <= 13 for p, e in blind.items() if p.kind in ("Pi 4", "Pi 5"))
+    assert sum(e is not None for e in blind.values()) == 12
+
+
+def test_an_adapter_is_read_for_every_token_too():
+    shape, pi = from_config(LLAMA_3B), board("pi-5-8gb")
+    with_it = decode(shape, "Q4_K_M", pi, beside=read_bytes(shape, "Q4_K_M"))
+    assert with_it.high == pytest.approx(decode(shape, "Q4_K_M", pi).high / 2)
 
 
 def test_a_fuller_context_is_slower():

@@ -1,0 +1,3 @@
+from tests.llamacpp.conftest import tiny
+
+__all__ = ["tiny"]
