@@ -277,9 +277,8 @@ def test_kill_9_in_every_stage_and_the_same_command_ends_with_the_same_bytes(pro
         if victim is None:
             break
         killed.add(victim)
-    assert {name.split(" ")[0] for name in killed} >= {
-        s.id for s in STAGES if s.extra and not (s.when and "qlora" not in s.when.values)
-    }
+    ran = {json.loads(m.read_text())["stage"] for m in built.glob("done/*/edgeft.json")}
+    assert {name.split(" ")[0] for name in killed} >= {s.id for s in STAGES if s.extra and s.id in ran}
     done = edgeft("build", "tiny.toml", "--store", "killed", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(project / "killed") == results(built)
