@@ -140,6 +140,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(base, tmp_path):
     assert spare.heldout_loss == pytest.approx(plain.heldout_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_the_step_of_one_large_batch(base, tmp_path):
     rows = tiny.rows(16)
     large = run(
@@ -153,6 +154,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(base, tmp_path):
     assert small.heldout_loss == pytest.approx(large.heldout_loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_heldout_loss_does_not_fall_and_says_so(base, tmp_path, caplog):
     settings = replace(SETTINGS, learning_rate=0.9, epochs=30, eval_every=1, patience=2, warmup=0.0)
     with caplog.at_level(logging.INFO):

@@ -102,6 +102,7 @@ def _same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("better", ["original", "dequantized"])
 def test_qlora_is_merged_both_ways_and_the_lower_heldout_loss_is_kept(job, tmp_path, better):
     one = job(favour=better)
@@ -130,6 +131,7 @@ def test_qlora_is_merged_both_ways_and_the_lower_heldout_loss_is_kept(job, tmp_p
     assert _same(_weights(one.out / "model"), _weights(tmp_path / "expected"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["original", "dequantized"])
 def test_a_base_that_the_recipe_names_is_taken_and_measured(job, wanted):
     one = job(favour="original" if wanted == "dequantized" else "dequantized", base=wanted)
@@ -165,6 +167,7 @@ def test_a_dequantized_base_is_refused_for_lora_before_anything_runs():
         merge.STAGE.check(step(method, wanted), {})
 
 
+@pytest.mark.slow
 def test_a_scale_that_got_lost_in_the_merge_is_found_by_the_check_of_the_weights(job, monkeypatch):
     honest = fold._blocks
 

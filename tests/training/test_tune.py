@@ -70,6 +70,7 @@ def test_size_types_and_all_other_tensors_are_those_of_the_start(files, tuned):
     assert not any("norm" in name or name.endswith("bias") for name in changed)
 
 
+@pytest.mark.slow
 def test_without_learnt_scales_only_codes_change(files, tmp_path):
     run(files, tmp_path, dataclasses.replace(OPTIONS, learn_scales=False))
     format, known = formats.of("Q4_1"), placement.placement(files.folder, files.plain)
@@ -84,6 +85,7 @@ def test_without_learnt_scales_only_codes_change(files, tmp_path):
     assert known.placed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_ends_with_the_same_file(files, tuned, tmp_path, monkeypatch):
     kept = loop.Watch.checkpoint_saved
 
