@@ -338,7 +338,6 @@ def test_ctrl_c_ends_with_130_and_says_that_the_same_command_goes_on(project, bu
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="needs an NVIDIA GPU; run with `pytest -m gpu`")
 def test_on_a_gpu_the_same_recipe_trains_in_nf4_with_a_paged_optimizer(project):
     done = edgeft("build", "tiny.toml", "--store", "gpu", cwd=project, EDGEFT_DEVICE="cuda")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -214,8 +214,6 @@ def test_a_model_of_packed_layers_compiles_as_one_graph():
 
 @pytest.mark.gpu
 def test_a_gpu_dequantizes_every_type_to_the_same_bits(caplog):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
     for kind, format in formats.FORMATS.items():
         blocks = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, format.bytes), np.uint8))
         wide = widen(blocks, kind, torch.float32)
