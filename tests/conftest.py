@@ -14,13 +14,40 @@ PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH
 """For commands in a process of their own: this checkout, and whatever this process was given."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that is marked `gpu` is skipped, with the command to run it, where there is no GPU."""
-    if Path("/dev/nvidia0").exists():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; run with `pytest -m gpu`"))
+CORES = os.sched_getaffinity(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of several workers gets cores of its own: llama.cpp's and torch's threads wait for one another."""
+    if worker := getattr(config, "workerinput", None):
+        number, of = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+        if mine := sorted(CORES)[number::of]:
+            os.sched_setaffinity(0, mine)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, tests marked `gpu` are skipped, with the command to run them. Those marked `boot` are run when
+    asked for: each takes minutes."""
+    if not Path("/dev/nvidia0").exists():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; run with `pytest -m gpu`"))
+    if "boot" not in config.option.markexpr:
+        booting = [item for item in items if item.get_closest_marker("boot")]
+        items[:] = [item for item in items if not item.get_closest_marker("boot")]
+        config.hook.pytest_deselected(items=booting)
+
+
+def ensure(part: str) -> Path:
+    """A part of llama.cpp, compiled now if need be: with all cores, since a compiler's jobs wait for nobody."""
+    from edgeft import llamacpp
+
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        return llamacpp.ensure(part)
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 @pytest.fixture
@@ -69,7 +96,7 @@ def library() -> Path:
     from edgeft import llamacpp
 
     llamacpp.activate()
-    return llamacpp.ensure("library")
+    return ensure("library")
 
 
 @pytest.fixture(scope="session")

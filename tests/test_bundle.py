@@ -22,6 +22,7 @@ from edgeft.recipe import load
 from edgeft.resources import folder
 from edgeft.stage import Artifact, Job, Step
 from edgeft.stages import base, device, export_bundle, gate, quantize_gguf, serve
+from tests.conftest import ensure
 from tests.fit.models import LLAMA_8B, SMOLLM2, config_file, tiny_gguf
 from tests.parity_checks import sample
 
@@ -263,9 +264,8 @@ def test_every_option_is_one_the_pinned_llama_server_knows():
 
 @pytest.mark.slow
 def test_the_pinned_server_starts_from_the_bundle_with_its_settings(tmp_path):
-    from edgeft.llamacpp import build
 
-    server = build.ensure("server") / "llama-server"
+    server = ensure("server") / "llama-server"
     (tmp_path / "run.sh").write_bytes(run_script(SETTINGS, llama_cpp="0123abcd"))
     env = {"LLAMA_SERVER": str(server), "PATH": "/usr/bin:/bin"}
     said = subprocess.run(

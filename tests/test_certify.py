@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from edgeft.errors import DataError, ParityError
-from tests.conftest import PYTHONPATH, ROOT
+from tests.conftest import PYTHONPATH, ROOT, ensure
 from tests.llamacpp.test_imatrix import quantize_f16
 from tests.parity_checks import faults
 
@@ -157,7 +157,7 @@ def portable():
     """The stock llama-perplexity with the portable kernels: another processor's, as far as one machine can have them."""
     from edgeft import llamacpp
 
-    tool = llamacpp.ensure("perplexity") / "llama-perplexity"
+    tool = ensure("perplexity") / "llama-perplexity"
     return ["env", f"LD_LIBRARY_PATH={llamacpp.ensure('portable')}", str(tool)]
 
 
@@ -228,11 +228,10 @@ class TestOnSmolLM2:
         from edgeft.llamacpp import quantize
 
         """The package's Q4_1 as F16, by the one tool that does that, and two files made from it."""
-        from edgeft import llamacpp
 
         folder = tmp_path_factory.mktemp("smollm2")
         paths = {name: folder / f"{name}.gguf" for name in ("F16", "Q8_0", "Q2_K")}
-        quantize_f16(llamacpp.ensure("perplexity"), smollm2, paths["F16"])
+        quantize_f16(ensure("perplexity"), smollm2, paths["F16"])
         for name in ("Q8_0", "Q2_K"):
             quantize.quantize(paths["F16"], paths[name], name)
         return paths
@@ -270,7 +269,7 @@ class TestOnSmolLM2:
         asked = Request(reference=files["F16"], shipped=files["Q8_0"], windows=4, n_ctx=64, questions=0)
         (first,) = certify(asked, Limits.of("parity"), tmp_path / "work").files
         assert first.served == []
-        base, tool = tmp_path / "work/domain.kld", llamacpp.ensure("perplexity-a76") / "llama-perplexity"
+        base, tool = tmp_path / "work/domain.kld", ensure("perplexity-a76") / "llama-perplexity"
         pi = board_log(tmp_path / "pi.log", base, files["Q8_0"], [qemu, "-cpu", "cortex-a76", str(tool)])
         (file,) = certify(replace(asked, board_logs=(pi,)), Limits.of("parity"), tmp_path / "work").files
         (on_board,) = [f for f in file.findings if f.metric == "moved on the board"]

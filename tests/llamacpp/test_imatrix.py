@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from edgeft.errors import DataError
-from edgeft.llamacpp import build, decode, header, imatrix, quantize, score
+from edgeft.llamacpp import decode, header, imatrix, quantize, score
 from edgeft.tool import run
+from tests.conftest import ensure
 
 
 def tensor(path, name):
@@ -86,7 +87,7 @@ def test_what_is_no_matrix_is_refused(tiny, tmp_path):
 @pytest.mark.slow
 def test_the_file_is_the_one_llama_imatrix_writes(smollm2, english, tmp_path):
     """Same tokens, same sums to the last bit, and the same quantized weights."""
-    binaries = build.ensure("perplexity")
+    binaries = ensure("perplexity")
     quantize_f16(binaries, smollm2, tmp_path / "f16.gguf")
     (tmp_path / "text.txt").write_text(english)
     run([
@@ -130,7 +131,7 @@ def test_the_file_is_the_one_llama_imatrix_writes(smollm2, english, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["Q8_0", "Q4_K_M", "IQ4_XS", "Q4_0"])
 def test_quantized_files_are_byte_for_byte_llama_quantizes(tiny, tmp_path, label):
-    binaries = build.ensure("perplexity")
+    binaries = ensure("perplexity")
     for width in (64, 256):
         quantize.quantize(tiny(width), tmp_path / "ours.gguf", label)
         run([str(binaries / "llama-quantize"), str(tiny(width)), str(tmp_path / "tool.gguf"), label, "1"])

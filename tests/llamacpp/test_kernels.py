@@ -11,6 +11,7 @@ import pytest
 from edgeft.errors import DataError, SetupError, ToolError
 from edgeft.llamacpp import build, kernels, pin, quantize, runtime, score
 from edgeft.llamacpp.decode import Decoder
+from tests.conftest import ensure
 
 N_CTX = 32
 
@@ -109,7 +110,7 @@ def test_a_part_with_settings_of_its_own_has_a_tree_of_its_own_and_leaves_the_pi
 
 
 def test_portable_kernels_that_were_changed_are_refused(floors, tmp_path, monkeypatch):
-    whole = build.ensure("portable")
+    whole = ensure("portable")
     shutil.copytree(whole, tmp_path / "bin", symlinks=True)
     shutil.copy(whole.parent / "portable.built.json", tmp_path)
     monkeypatch.setattr(build, "_folder", lambda part: tmp_path / "bin")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from edgeft.errors import DataError
-from edgeft.llamacpp import build, decode, quantize, score
+from edgeft.llamacpp import decode, quantize, score
 from edgeft.tool import run
+from tests.conftest import ensure
 from tests.llamacpp.test_imatrix import quantize_f16
 
 N_CTX = 32
@@ -159,7 +160,7 @@ def test_equal_logits_make_a_base_file_row_without_a_division_by_zero(tmp_path):
 @pytest.mark.slow
 def test_perplexity_and_kl_divergence_are_llama_perplexitys(smollm2, english, tmp_path):
     """F16 perplexity to four digits, mean KLD within 2 % and 1e-3, with either side's base file."""
-    binaries = build.ensure("perplexity")
+    binaries = ensure("perplexity")
     f16, q4 = tmp_path / "f16.gguf", tmp_path / "q4.gguf"
     quantize_f16(binaries, smollm2, f16)
     quantize.quantize(f16, q4, "Q4_0")

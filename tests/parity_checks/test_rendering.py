@@ -9,6 +9,7 @@ import pytest
 from edgeft.errors import DataError, ToolError
 from edgeft.parity.checks import rendering
 from edgeft.parity.checks.check import failed
+from tests.conftest import ensure
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +23,8 @@ PLAIN = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|i
 
 @pytest.fixture(scope="session", autouse=True)
 def server(library):
-    from edgeft import llamacpp
 
-    return llamacpp.ensure("server")
+    return ensure("server")
 
 
 @pytest.fixture
