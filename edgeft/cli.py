@@ -8,21 +8,14 @@ from typing import Annotated
 
 import typer
 
+from edgeft.commands import boarding, releasing, starting
+from edgeft.commands.options import STORE, Model, Recipe, StoreDir, Target, Threads, Upto, Variant
 from edgeft.errors import EdgeftError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune a small model, prove that it survived quantization, ship it to a device.",
 )  # fmt: skip
-
-Recipe = Annotated[Path, typer.Argument(help="A recipe file.", show_default=False)]
-Target = Annotated[str, typer.Option(help="A target's name or file; the recipe's own by default.")]
-Upto = Annotated[str, typer.Option(help="Stop after this stage or variant.")]
-StoreDir = Annotated[Path, typer.Option(envvar="EDGEFT_STORE", help="Where results are kept.")]
-Model = Annotated[Path, typer.Argument(help="A built recipe, or a .gguf file.", show_default=False)]
-Variant = Annotated[str, typer.Option(help="Which quantization, such as q4_k_m; the first by default.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes what this machine has free.", min=0)]
-STORE = Path(".edgeft")
 
 
 @app.command()
@@ -270,6 +263,12 @@ def clean(
     from edgeft.commands import building
 
     building.clean(recipes or [], store, everything=everything, dry_run=dry_run)
+
+
+app.command()(boarding.deploy)
+app.command()(starting.boot)
+app.command()(releasing.update)
+app.add_typer(releasing.keys, name="keys")
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ out = Console()
 err = Console(stderr=True)
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+_SILENCE_S = 30
+"""How long a log may say nothing while work goes on."""
 
 
 class Screen:
@@ -67,7 +69,7 @@ class Screen:
         self.last = progress
         for name, value in progress.numbers.items():
             self.curves.setdefault(name, []).append(value)
-        if not out.is_terminal and time.monotonic() - self.spoke > 30:
+        if not out.is_terminal and time.monotonic() - self.spoke > _SILENCE_S:
             self.spoke = time.monotonic()
             out.print(f"    {_plain(progress)}", markup=False)
 
@@ -99,8 +101,19 @@ class Screen:
 
 @contextmanager
 def watching(title: str) -> Iterator[None]:
-    """Show the progress of work that is no step of a build, such as compiling the server."""
-    with out.status(title) as status, listen(lambda p: status.update(f"{title}: {_plain(p)}")):
+    """Show the progress of work that is no step of a build, such as compiling the server: on a terminal in one line that
+    changes, elsewhere as a line every half minute."""
+    spoke = time.monotonic()
+
+    def say(progress: Progress) -> None:
+        nonlocal spoke
+        if out.is_terminal:
+            status.update(f"{title}: {_plain(progress)}")
+        elif time.monotonic() - spoke > _SILENCE_S:
+            spoke = time.monotonic()
+            out.print(f"  {title}: {_plain(progress)}", markup=False)
+
+    with out.status(title) as status, listen(say):
         yield
 
 

@@ -143,17 +143,32 @@ def runnable(step: Step, artifacts: Mapping[str, Artifact]) -> None:
     """
     check(step, artifacts)
     if device := step.find("device"):
-        runtime(device.params.model_dump(mode="json")).find()
+        runtime(device.params.model_dump(mode="json"), alone=step.stage.kind != "deb")
 
 
-def runtime(device: Facts) -> runtimes.Runtime:
-    """The programs that run on a device. Raises SetupError where there are none, and says what to do instead."""
-    accelerator = "cuda" if device["gpu"] or device["vram_mb"] else "cpu"
+def runtime(device: Facts, *, alone: bool = False) -> runtimes.Runtime:
+    """The programs that run on a device. Raises SetupError where there are none, and says what to do instead.
+
+    `alone`: they have to run without a system's libraries around them.
+    """
+    accelerator = device.get("accelerator") or ("" if device["gpu"] or device["vram_mb"] else "cpu")
     try:
-        return runtimes.for_device(device["arch"], device["isa"], accelerator=accelerator)
+        if not accelerator:
+            raise SetupError(
+                f"{device['name']} computes on a GPU, and the target does not say how that is programmed",
+                hint='Say it there: [device] accelerator = "vulkan", "cuda:8.6" or "cpu".',
+            )
+        found = runtimes.for_device(device["arch"], device["isa"], accelerator=accelerator)
+        if alone and not found.static:
+            raise SetupError(
+                f"{found.name} loads the system's libraries for the GPU, and this format has no system around it",
+                hint='Or take [export] kind = "deb".',
+            )
+        found.find()
     except SetupError as error:
         hint = f'take [export] kind = "bundle", which starts the llama-server that is there. {error.hint}'
         raise SetupError(str(error), hint=hint) from None
+    return found
 
 
 def runtime_licence() -> bytes:

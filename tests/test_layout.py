@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "edgeft"
 FLOORS = [
-    {"errors", "__init__"},
+    {"errors", "__init__", "agent"},
     {"progress", "resources"},
     {"tool"},
     {"stage"},
@@ -17,7 +17,9 @@ FLOORS = [
     {"llamacpp", "corpus"},
     {"grid"},
     {"checkpoint", "training", "fit", "bundle", "runtimes"},
-    {"export", "parity", "merging", "chat", "doctor", "boards"},
+    {"export", "parity", "merging", "chat", "doctor", "boards", "updates"},
+    {"image"},
+    {"emulator"},
     {"estimates"},
     {"staging"},
     {"stages"},
@@ -48,6 +50,10 @@ DOMAIN = {
     "grid",
     "boards",
     "runtimes",
+    "agent",
+    "updates",
+    "image",
+    "emulator",
 }
 
 

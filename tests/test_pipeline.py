@@ -310,6 +310,26 @@ def wait_for_a_checkpoint(store: Path, process) -> None:
         time.sleep(0.05)
 
 
+def test_update_signs_what_was_built_and_sends_an_adapter_alone_where_the_base_stays(project, built, adapted):
+    assert edgeft("keys", "new", "keys", cwd=project).returncode == 0
+    first = edgeft("update", "tiny.toml", "--keys", "keys", "--label", "1.0", cwd=project)
+    assert first.returncode == 0, first.stdout + first.stderr
+    other = edgeft("update", "adapted.toml", "--store", "grid", "--keys", "keys", cwd=project)
+    assert "model.gguf: whole" in first.stdout and "sequence 1, full" in first.stdout
+    assert "sequence 1, full" in other.stdout, other.stderr  # of another model: its base's name
+    manifests = adapted.glob("done/export-bundle-*/manifest.json")
+    bundle = next(m for m in manifests if '"adapter.gguf"' in m.read_text()).with_name("bundle.tar.zst")
+    more = ("--from", bundle, "--kind", "adapter")
+    lone = edgeft("update", "adapted.toml", "--store", "grid", "--keys", "keys", *more, cwd=project)
+    assert lone.returncode == 0, lone.stderr
+    # That very adapter is on the device already; nothing of the model needs to go along.
+    assert "model.gguf: stays as it is on the device" in lone.stdout and "adapter.gguf: stays" in lone.stdout
+    unknown = edgeft("update", "tiny.toml", "--keys", "keys", "--variant", "q2_k", cwd=project)
+    assert unknown.returncode == 2 and "q4_0" in unknown.stderr
+    unbuilt = edgeft("update", "tiny.toml", "--keys", "keys", "--store", "nothing", cwd=project)
+    assert unbuilt.returncode == 1 and "edgeft build tiny.toml" in unbuilt.stderr
+
+
 def test_show_tells_a_step_and_clean_keeps_what_was_built(project, built):
     shown = edgeft("show", "tiny.toml", "train", cwd=project)
     assert '"heldout_loss"' in shown.stdout and '"rank": 16' in shown.stdout

@@ -9,6 +9,7 @@ from edgeft.errors import SetupError
 LOOK = r"""
 say() { [ -n "$2" ] && printf 'edgeft %s=%s\n' "$1" "$2"; }
 say machine "$(uname -m)"
+say kernel "$(cat /proc/sys/kernel/arch 2>/dev/null)"
 say system "$(uname -sr)"
 say board "$(tr -d '\000' 2>/dev/null </proc/device-tree/model)"
 say model "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)"
@@ -57,6 +58,9 @@ class Machine:
     """Memory that programs can still take."""
     disk: int | None = None
     """Free space where the files go."""
+    emulated: bool = False
+    """Its kernel is another processor's, so an emulator runs its programs (qemu-user). A whole emulated machine does not
+    show."""
 
     @property
     def arch(self) -> str:
@@ -71,9 +75,12 @@ def read(said: str) -> Machine:
         raise SetupError("that machine did not say what it is", hint="is it a Linux with a POSIX shell?")
     parts = " and ".join(CORES.get(part, f"ARM core {part}") for part in found.get("part", "").split())
     names = [found.get("board", ""), found.get("model", "") or parts]
+    emulated = _emulated(found["machine"], found.get("kernel", ""), found.get("features", ""))
+    processor = ", ".join(filter(None, names))
     return Machine(
-        machine=found["machine"], system=found.get("system", ""), processor=", ".join(filter(None, names)),
-        features=tuple(sorted(found.get("features", "").split())), cores=_number(found, "cores"),
+        machine=found["machine"], system=found.get("system", ""), emulated=emulated,
+        processor=f"emulated {found['machine']}" if emulated else processor,
+        features=() if emulated else tuple(sorted(found.get("features", "").split())), cores=_number(found, "cores"),
         memory=_number(found, "memory_kb", 1024), free=_number(found, "free_kb", 1024), disk=_number(found, "disk_kb", 1024),
     )  # fmt: skip
 
@@ -100,8 +107,6 @@ def missing(isa: str, machine: Machine) -> list[str]:
         )
     else:
         wanted = [ARM_FEATURES[f] for f in extra if f in ARM_FEATURES]
-        if not have & {"asimd", "fp"}:  # those of another processor, which emulates this one
-            return []
     return [f for f in wanted if f not in have] if have else []
 
 
@@ -126,6 +131,14 @@ def refuse(machine: Machine, isa: str, *, memory: int, disk: int) -> None:
             f"scoring needs about {memory / 1e6:,.0f} MB of memory, and {machine.free / 1e6:,.0f} MB are free there",
             hint="stop what else runs there, or choose a smaller file (--variant)",
         )
+
+
+def _emulated(machine: str, kernel: str, features: str) -> bool:
+    """Whether programs for `machine` run on another processor's kernel: /proc/sys/kernel/arch (Linux 6.1) names it, or
+    /proc/cpuinfo lists its features."""
+    if machine not in ("aarch64", "arm64"):
+        return False
+    return kernel not in ("", "aarch64") or bool(features and not {"asimd", "fp"} & set(features.split()))
 
 
 def _number(found: dict[str, str], name: str, unit: int = 1) -> int | None:

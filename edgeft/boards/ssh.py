@@ -42,6 +42,10 @@ REASONS = (
 """What OpenSSH's client says, what that means, and what to do."""
 
 
+class Lost(ToolError):
+    """The connection ended; what runs on the board without it goes on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ssh:
     """An open connection."""
@@ -134,22 +138,23 @@ class Ssh:
 
 @contextmanager
 def connected(
-    url: str, *, options: Sequence[str] = (), folder: str = "", keep: bool = False
+    url: str, *, options: Sequence[str] = (), folder: str = "", keep: bool = False, usual: str = FOLDER
 ) -> Iterator[Ssh]:
     """A board by its URL, `ssh://user@host:port`, while the block lasts.
 
     `options` are ssh's (`IdentityFile=…`). The work folder is emptied afterwards unless `keep`, and unless the
-    connection was lost: then what was sent stays for the next try. Raises SetupError for a URL that is none, and with
+    connection was lost: then what was sent stays for the next try. `usual` is the folder below the user's home that is
+    taken where no `folder` is given. Raises SetupError for a URL that is none, and with
     what to do when the board does not let us in.
     """
     destination, port, host = _parts(url)
-    chosen = tuple(f"-o{option}" for option in (*OPTIONS, *options, *([f"Port={port}"] if port else [])))
+    chosen = tuple(f"-o{option}" for option in (*options, *OPTIONS, *([f"Port={port}"] if port else [])))
     with tempfile.TemporaryDirectory(prefix="edgeft-ssh-") as private:  # short: a socket's path has 107 bytes
         socket = f"{private}/s"
         shared = (*chosen, f"-oControlPath={socket}")
         with background([SSH.find(), "-M", "-N", *shared, destination]) as master:
             _wait(master, Path(socket), destination, port, host)
-            wanted = shlex.quote(folder) if folder else f'"$HOME"/{FOLDER}'
+            wanted = shlex.quote(folder) if folder else f'"$HOME"/{usual}'
             said = _shell(
                 destination,
                 shared,
@@ -210,7 +215,7 @@ def _shell(
         return run([SSH.find(), *options, destination, f"exec sh -c {shlex.quote(script)}"], watch=watch)
     except ToolError as e:
         if "exited with 255" in str(e):  # ssh's own status
-            raise ToolError(
+            raise Lost(
                 f"the connection to {destination} was lost", hint="what was sent is kept there; run it again"
             ) from e
         raise
@@ -220,6 +225,8 @@ def _failed(sending: Background, why: str) -> ToolError:
     said = "".join(sending.lines)
     if "subsystem request failed" in said:
         return ToolError("the board has no sftp server", hint="apt install openssh-sftp-server")
+    if "Connection closed" in said or "Broken pipe" in said:
+        return Lost(f"{why}: the connection was lost")
     if "No space left" in said or "Failure" in said:
         return ToolError(f"{why}: the board's disk may be full")
     return sending.failure(why)

@@ -35,6 +35,7 @@ slow() { vcgencmd get_throttled 2>/dev/null | sed -n 's/^throttled=//p'; }
 guard=; setpriv --pdeathsig KILL true 2>/dev/null && guard='setpriv --pdeathsig KILL'
 log=$(mktemp ./log.XXXXXX) || exit 1
 echo "edgeft heat=$(heat)"
+n=0
 $guard {command} >"$log" 2>&1 &
 p=$!
 trap 'kill -9 $p 2>/dev/null; rm -f "$log"; exit 1' HUP INT TERM PIPE
@@ -42,7 +43,8 @@ while kill -0 $p 2>/dev/null; do
   echo "edgeft peak_kb=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$p/status 2>/dev/null)"
   echo "edgeft heat=$(heat)"
   echo "edgeft windows=$(grep -c '±' "$log")"
-  sleep 0.3 2>/dev/null || sleep 1
+  n=$((n + 1))
+  { [ $n -lt 10 ] && sleep 0.3 2>/dev/null; } || sleep 1
 done
 wait $p
 echo "edgeft status=$?"
@@ -51,7 +53,7 @@ echo "edgeft log follows"
 cat "$log"
 rm -f "$log"
 """
-"""Runs a command, tells once or thrice a second how it does, and prints its output at the end."""
+"""Runs a command, tells thrice and then once a second how it does, and prints its output at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ def measure(place: Place, there: Machine, program: Program, shipped: Shipped, *,
     heat = [r.hottest for r in (*runs, *([decoding] if decoding else [])) if r.hottest is not None]
     peaks = [r.peak for r in runs if r.peak]
     return Measured(
-        where=place.where, emulated=bool(place.before), machine=there, program=program.name, program_sha256=names[program.path],
+        where=place.where, emulated=bool(place.before) or there.emulated, machine=there, program=program.name, program_sha256=names[program.path],
         threads=threads, logs=logs, windows={name: len(base.windows) for name, base in bases.items()},
         prompt=_speed(runs[0].log, "prompt eval"), decode=_speed(decoding.log, "eval") if decoding else None,
         peak_scoring=max(peaks, default=None), peak_decoding=decoding.peak if decoding else None,

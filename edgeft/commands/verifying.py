@@ -154,16 +154,17 @@ def _threads(place: Place, there: Machine, device: Mapping[str, Any]) -> int:
 def _measure(
     place: Place, there: Machine, program: Program, made: Mapping[str, Artifact], threads: int, asked: Asked
 ) -> Measured:
-    windows = asked.windows or (EMULATED_WINDOWS if place.where == "qemu" else 0)
+    under_qemu = place.where == "qemu"
+    emulated = under_qemu or there.emulated
+    windows = asked.windows or (EMULATED_WINDOWS if emulated else 0)
     reference = made["reference"].path
-    emulated = place.where == "qemu"
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=reference.parents[1] / "work") as scratch:
         bases = {}
         for text in TEXTS:
             if (whole := reference / f"{text}.kld").is_file():
                 bases[text] = _cut(whole, windows, Path(scratch), emulated=emulated)
         return boards.measure(
-            place, replace(there, machine="aarch64", processor=f"QEMU, emulated {_core(place)}", features=()) if emulated else there,
+            place, replace(there, machine="aarch64", processor=f"QEMU, emulated {_core(place)}", features=()) if under_qemu else there,
             program,
             boards.Shipped(
                 model=made["quantize/gguf"].path / "model.gguf", bases=bases, text=None if emulated else general_text(),
@@ -246,8 +247,9 @@ def _notes(m: Measured) -> list[str]:
     """For the certificate: where it ran, and how."""
     who = m.machine.processor or m.machine.machine
     if m.emulated:
+        way = "over ssh and under emulation" if m.where == "ssh" else "under emulation"
         return [
-            f'the step "served" was run under emulation ({who}), not on a board: its kernels are the board\'s, its speed is not'
+            f'the step "served" was run {way} ({who}), not on a board: its kernels are the board\'s, its speed is not'
         ]
     said = [f"{m.prompt:.1f} tokens/s prompt" if m.prompt else "", f"{m.decode:.1f} tokens/s decoded" if m.decode else "",
             f"{m.peak_decoding / 1e6:,.0f} MB at its peak while decoding" if m.peak_decoding else "",

@@ -18,7 +18,7 @@ from pathlib import Path
 from edgeft import tool
 from edgeft.errors import RecipeError
 from edgeft.export.files import EPOCH, Entry, Files, size, write_folder
-from edgeft.export.service import KEY, UNITS
+from edgeft.export.service import UNITS
 
 DPKG_DEB = tool.Tool(
     name="dpkg-deb",
@@ -41,6 +41,7 @@ class Package:
     description: Sequence[str]
     files: Files
     depends: str = ""
+    recommends: str = ""
     provides: str = ""
     conflicts: str = ""
     foreign: bool = False
@@ -49,8 +50,8 @@ class Package:
     """What stands in its `copyright` file."""
     unit: str = ""
     """A service that is enabled when the package is installed first, and started where a system runs."""
-    keeps_key: bool = False
-    """Whether the device's API key goes when this package is purged."""
+    owns: Sequence[str] = ()
+    """Folders with what the device made for itself, which go when this package is purged: the API key, updates."""
 
 
 def build(package: Package, out: Path) -> None:
@@ -87,7 +88,7 @@ def _papers(p: Package) -> dict[str, Entry]:
 def _control(p: Package, files: Files) -> dict[str, Entry]:
     fields = {
         "Package": p.name, "Version": p.version, "Architecture": p.architecture, "Maintainer": p.maintainer,
-        "Installed-Size": str(-(-size(files) // 1024)), "Depends": p.depends, "Provides": p.provides,
+        "Installed-Size": str(-(-size(files) // 1024)), "Depends": p.depends, "Recommends": p.recommends, "Provides": p.provides,
         "Conflicts": p.conflicts, "Replaces": p.conflicts, "Multi-Arch": "foreign" if p.foreign else "",
         "Section": "misc", "Priority": "optional",
     }  # fmt: skip
@@ -121,6 +122,8 @@ def _scripts(p: Package) -> Mapping[str, bytes]:
             f"        systemctl restart {p.unit} || echo 'it did not start: journalctl --namespace=edgeft -u {p.unit}' >&2",
             "    fi",
             "fi",
+            *(f'[ ! -L "$DPKG_ROOT/{folder}/current" ] || echo "{p.name}: an update is served, not this version;'
+              f' edgeft-update rollback --factory {folder.rpartition("/")[2]} returns to it"' for folder in p.owns),
         ]  # fmt: skip
         scripts["prerm"] = [
             '[ "$1" = remove ] || exit 0',
@@ -129,13 +132,9 @@ def _scripts(p: Package) -> Mapping[str, bytes]:
             "fi",
             f"rm -f {link}",
         ]
-    if p.unit or p.keeps_key:
+    if p.unit or p.owns:
         scripts["postrm"] = [
-            *(
-                ['[ "$1" != purge ] || rm -rf "$DPKG_ROOT/' + KEY.rpartition("/")[0] + '"']
-                if p.keeps_key
-                else []
-            ),
+            *(f'[ "$1" != purge ] || rm -rf "$DPKG_ROOT/{folder}"' for folder in p.owns),
             'if [ -z "$DPKG_ROOT" ] && [ -d /run/systemd/system ]; then',
             "    systemctl daemon-reload || true",
             "fi",

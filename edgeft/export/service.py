@@ -7,21 +7,32 @@ to listen without one, and the key is made on the device, at its first start.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from edgeft.bundle import Settings
+from edgeft.export import agent
 from edgeft.export.files import Entry
 
 PROGRAMS = "usr/lib/edgeft"
 UNITS = "usr/lib/systemd/system"
 KEY = "var/lib/edgeft/api-key"
+TRUST = "etc/edgeft/trust/root.json"
+PYTHON = "ConditionPathExists=/usr/bin/python3"
+"""A model is served where there is no Python too; only updates need it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+VULKAN_GROUPS = ("render", "video")
+"""Whose the GPU's nodes are on Debian, where the driver is not NVIDIA's. A group that a system does not have fails the start."""
 LOG_MB = 16
 """What the journal of all models together may occupy on the disk, and as much in memory before there is one."""
 
 
 def models_folder(name: str) -> str:
     return f"usr/share/edgeft/{name}"
+
+
+def versions_folder(name: str) -> str:
+    """Where updates put a model's versions, the current one among them (edgeft/agent/versions.py)."""
+    return f"var/lib/edgeft/models/{name}"
 
 
 def memory_limit_mb(predicted_mb: float, available_mb: float) -> int:
@@ -32,19 +43,33 @@ def memory_limit_mb(predicted_mb: float, available_mb: float) -> int:
     return math.ceil(min(1.25 * predicted_mb, max(available_mb, predicted_mb)))
 
 
-def shared() -> dict[str, Entry]:
-    """What all models of a device share: the start script, the key's unit, the journal's bound."""
+def enabled(name: str) -> tuple[str, ...]:
+    """The units that `systemctl enable` makes start at boot; they bring the others with them."""
+    return (f"edgeft-{name}.service",)
+
+
+def shared(trust: bytes = b"") -> dict[str, Entry]:
+    """What all models of a device share: the start script, the update agent and its units, the key's unit, the journal's
+    bound, and `trust`, the root metadata of whoever may sign updates; without it the device takes none."""
+    wrapper = f'#!/bin/sh\nexec /{agent.PATH} "$@"\n'
     return {
         f"{PROGRAMS}/serve": Entry(content=_start_script(), mode=0o755),
+        f"{PROGRAMS}/recover": Entry(content=_recover_script(), mode=0o755),
+        agent.PATH: Entry(content=agent.zipapp(), mode=0o755),
+        agent.WRAPPER: Entry(content=wrapper.encode(), mode=0o755),
         f"{UNITS}/edgeft-key.service": Entry(content=_key_unit()),
+        f"{UNITS}/edgeft-recover.service": Entry(content=_recover_unit()),
+        f"{UNITS}/edgeft-health@.service": Entry(content=_health_unit()),
+        f"{UNITS}/edgeft-health@.timer": Entry(content=_health_timer()),
         "usr/lib/systemd/journald@edgeft.conf.d/edgeft.conf": Entry(content=_journal()),
+        **({TRUST: Entry(content=trust)} if trust else {}),
     }
 
 
-def of_model(s: Settings, *, memory_max_mb: int) -> dict[str, Entry]:
-    """The unit of one model and its settings file."""
+def of_model(s: Settings, *, memory_max_mb: int, groups: Sequence[str] = ()) -> dict[str, Entry]:
+    """The unit of one model and its settings file. `groups`: to which its devices belong."""
     return {
-        f"{UNITS}/edgeft-{s.name}.service": Entry(content=_unit(s, memory_max_mb)),
+        f"{UNITS}/edgeft-{s.name}.service": Entry(content=_unit(s, memory_max_mb, groups)),
         f"etc/edgeft/{s.name}.env": Entry(content=_environment(s)),
     }
 
@@ -69,7 +94,7 @@ def readme(s: Settings, *, board: str, numbers: Mapping[str, str]) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _unit(s: Settings, memory_max_mb: int) -> bytes:
+def _unit(s: Settings, memory_max_mb: int, groups: Sequence[str]) -> bytes:
     devices = (
         ("# The GPU's nodes stay visible, so no PrivateDevices.", "DevicePolicy=closed", "DeviceAllow=char-nvidia* rw",
          "DeviceAllow=char-drm rw")
@@ -80,7 +105,8 @@ def _unit(s: Settings, memory_max_mb: int) -> bytes:
         "[Unit]",
         f"Description=Language model {s.name} (llama-server)",
         "Requires=edgeft-key.service",
-        "After=edgeft-key.service network.target",
+        f"Wants=edgeft-recover.service edgeft-health@{s.name}.timer",
+        "After=edgeft-key.service edgeft-recover.service network.target",
         "StartLimitIntervalSec=300",
         "StartLimitBurst=5",
         "",
@@ -109,6 +135,7 @@ def _unit(s: Settings, memory_max_mb: int) -> bytes:
         "ProtectHome=yes",
         "PrivateTmp=yes",
         *devices,
+        *([f"SupplementaryGroups={' '.join(groups)}"] if groups else []),
         "NoNewPrivileges=yes",
         "ProtectKernelTunables=yes",
         "ProtectKernelModules=yes",
@@ -147,12 +174,22 @@ def _environment(s: Settings) -> bytes:
 def _start_script() -> bytes:
     lines = [
         "#!/bin/sh",
-        "# serve NAME: starts llama-server on the model in /usr/share/edgeft/NAME, as /etc/edgeft/NAME.env says.",
+        "# serve NAME: starts llama-server on the device's model, as /etc/edgeft/NAME.env says: on the version that an update",
+        "# has left in /var/lib/edgeft/models/NAME/current, and on the one that the package installed where there is none.",
         "set -euf",
-        "here=/usr/share/edgeft/$1",
+        "here=/var/lib/edgeft/models/$1/current",
+        '[ -e "$here/run.sh" ] || here=/usr/share/edgeft/$1',
+        "# The folder itself, not the link: all files come from one version, whenever the link is switched.",
+        'here=$(CDPATH= cd -P -- "$here" && pwd -P)',
         "host=${EDGEFT_HOST:-127.0.0.1}",
+        f"web=/{PROGRAMS}/web",
+        '[ -d "$web" ] && web="--path $web" || web=',
+        "# The target's threads, but never more than there are cores: one that waits for another's turn holds all of them up.",
+        """threads=$(sed -n 's/^ *"threads": *\\([0-9]*\\).*/\\1/p' "$here/settings.json" 2>/dev/null || :)""",
+        "cores=$(nproc 2>/dev/null || echo 9999)",
+        '[ "${threads:-0}" -le "$cores" ] && fewer= || fewer="--threads $cores --threads-batch $cores"',
         "# Host and port come last and win over the options.",
-        'set -- ${EDGEFT_OPTIONS:-} --host "$host" --port "${EDGEFT_PORT:-8080}"',
+        'set -- $web $fewer ${EDGEFT_OPTIONS:-} --host "$host" --port "${EDGEFT_PORT:-8080}"',
         'case "$host" in',
         f"{'|'.join(LOOPBACK)}) ;;",
         "*)",
@@ -180,13 +217,91 @@ def _key_unit() -> bytes:
         "Type=oneshot",
         "RemainAfterExit=yes",
         "StateDirectory=edgeft",
-        "StateDirectoryMode=0700",
+        "StateDirectoryMode=0711",
         f"ExecStart=/bin/sh -ec '{make}'",
         "ProtectSystem=strict",
         "ProtectHome=yes",
         "PrivateNetwork=yes",
         "PrivateTmp=yes",
         "NoNewPrivileges=yes",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _recover_script() -> bytes:
+    lines = [
+        "#!/bin/sh",
+        "# Has the update agent put right what a power loss left, if it left anything: on a slow board, a model that is whole is",
+        "# not to wait for Python.",
+        "set -eu",
+        f'repair="exec /{agent.PATH} recover"',
+        "cd /var/lib/edgeft/models",
+        "for model in *; do",
+        '    [ -d "$model" ] || continue',
+        '    [ -e "$model/current/model.gguf" ] || [ -e "/usr/share/edgeft/$model/model.gguf" -a ! -L "$model/current" ] || $repair',
+        '    [ ! -e "$model/state.json" ] || grep -q \'"trial": null\' "$model/state.json" || $repair',
+        '    for left in "$model"/*.tmp "$model"/versions/*.tmp; do',
+        '        [ ! -e "$left" -a ! -L "$left" ] || $repair',
+        "    done",
+        "done",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _recover_unit() -> bytes:
+    lines = [
+        "[Unit]",
+        "Description=Puts right what a power loss left of an update, before the models are served",
+        PYTHON,
+        "ConditionPathExists=/var/lib/edgeft/models",
+        "",
+        "[Service]",
+        "Type=oneshot",
+        "RemainAfterExit=yes",
+        f"ExecStart=/{PROGRAMS}/recover",
+        "TimeoutStartSec=10min",
+        "ProtectSystem=strict",
+        "ReadWritePaths=/var/lib/edgeft",
+        "ProtectHome=yes",
+        "PrivateNetwork=yes",
+        "PrivateTmp=yes",
+        "NoNewPrivileges=yes",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _health_unit() -> bytes:
+    lines = [
+        "[Unit]",
+        "Description=Asks the language model %i a question, and restarts it when it does not answer",
+        PYTHON,
+        "",
+        "[Service]",
+        "Type=oneshot",
+        f"ExecStart=/{agent.PATH} health %i",
+        "TimeoutStartSec=30min",
+        "Nice=10",
+        "LogNamespace=edgeft",
+        "ProtectSystem=strict",
+        "ReadWritePaths=/var/lib/edgeft",
+        "ProtectHome=yes",
+        "PrivateTmp=yes",
+        "NoNewPrivileges=yes",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _health_timer() -> bytes:
+    lines = [
+        "[Unit]",
+        "Description=When the language model %i is asked a question",
+        "# Stopped with the service by whoever stops it; a service that failed keeps its timer, which revives it.",
+        "PartOf=edgeft-%i.service",
+        PYTHON,
+        "",
+        "[Timer]",
+        "OnActiveSec=10min",
+        "OnUnitInactiveSec=10min",
     ]
     return ("\n".join(lines) + "\n").encode()
 

@@ -15,24 +15,19 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeft import progress
-from edgeft.errors import SetupError, ToolError
-from edgeft.llamacpp import note
+from edgeft.errors import ToolError
+from edgeft.llamacpp import note, toolchain
 from edgeft.llamacpp.pin import Pin, load
 from edgeft.llamacpp.source import home, llama_cpp_tree, locked
-from edgeft.llamacpp.threads import allowed_cpus
 from edgeft.tool import run
 
 log = logging.getLogger(__name__)
-
-_RAM_A_JOB_MB = 700
-"""Measured peaks of one compiler process (gcc 12): 425 MB in the library, 537 MB in the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +54,7 @@ class Part:
         Raises SetupError when it is not built and this machine cannot build it.
         """
         if not built(self.part):
-            _compiler(self.part)
-            _program("cmake")
-            _program("ninja")
+            toolchain.check(self.part)
         return os.fspath(_folder(self.part) / load().parts[self.part].files[0])
 
 
@@ -136,8 +129,7 @@ def _folder(part: str) -> Path:
 
 def _compile(part: str) -> None:
     pin, tree = load(), _folder(part).parent
-    compiler = _compiler(part)
-    ninja = _program("ninja")
+    compiler, ninja = toolchain.compiler(part), toolchain.program("ninja")
     tree.mkdir(parents=True, exist_ok=True)
     ggml = tree / "optimize-ggml.cmake"
     ggml.write_text(
@@ -147,13 +139,19 @@ def _compile(part: str) -> None:
     progress.report("configure llama.cpp")
     own = dict(pin.parts[part].cmake)
     if "CMAKE_CXX_COMPILER" in own:
-        own["CMAKE_CXX_COMPILER"], own["CMAKE_C_COMPILER"] = compiler, _c_compiler(compiler)
+        own["CMAKE_CXX_COMPILER"], own["CMAKE_C_COMPILER"] = compiler, toolchain.c_compiler(compiler)
     source = os.fspath(llama_cpp_tree())
-    here = {"{source}": source, "{tree}": os.fspath(tree)}
+    here = {
+        "{source}": source,
+        "{tree}": os.fspath(tree),
+        "{cxx}": compiler,
+        **toolchain.words(part, tree, compiler),
+    }
     if any("{note}" in value for value in own.values()):
         here["{note}"] = os.fspath(_note(part, compiler))
-    for word, path in here.items():  # inside compiler flags, which a shell reads
-        own = {key: text.replace(word, shlex.quote(path)) for key, text in own.items()}
+    for word, path in here.items():
+        quoted = shlex.quote(path)  # in compiler flags, which a shell reads
+        own = {key: text.replace(word, quoted if "_FLAGS" in key else path) for key, text in own.items()}
     settings = {
         **pin.cmake,
         **own,
@@ -161,13 +159,21 @@ def _compile(part: str) -> None:
         "CMAKE_PROJECT_ggml_INCLUDE": os.fspath(ggml),
         "CMAKE_MAKE_PROGRAM": ninja,
     }
+    if "accelerator" in pin.parts[part].words:  # no folder of this machine to look for libraries in
+        settings["CMAKE_SKIP_RPATH"] = "ON"
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
-    env = {"SOURCE_DATE_EPOCH": "0", "LC_ALL": "C"}
-    run([_program("cmake"), "-S", source, "-B", os.fspath(tree), "-G", "Ninja", *definitions], env=env)
+    # The shaders' generator is a cmake project inside this one, which looks for ninja in PATH.
+    path = os.pathsep.join([os.fspath(Path(ninja).parent), os.environ.get("PATH", "")])
+    env = {"SOURCE_DATE_EPOCH": "0", "LC_ALL": "C", "PATH": path}
+    toolchain.outlive(tree)
     run(
-        [ninja, "-C", os.fspath(tree), "-j", str(_jobs()), *pin.parts[part].targets],
+        [toolchain.program("cmake"), "-S", source, "-B", os.fspath(tree), "-G", "Ninja", *definitions],
         env=env,
-        watch=lambda line: _report(part, line),
+    )
+    run(
+        [ninja, "-C", os.fspath(tree), "-j", str(toolchain.jobs()), *pin.parts[part].targets],
+        env=env,
+        watch=_Counter(f"compile llama.cpp: {part}"),
     )
 
 
@@ -175,7 +181,8 @@ def identity(part: str) -> dict[str, str]:
     """What a runtime's note says: which runtime it is, for what processor, and from which source with which settings."""
     own = load().parts[part]
     pin = f"{load().id}-{own.settings}"
-    return {"runtime": own.tree, "arch": own.words["arch"], "isa": own.words["isa"], "pin": pin}
+    gpu = {"accelerator": own.words["accelerator"]} if "accelerator" in own.words else {}
+    return {"runtime": own.tree, "arch": own.words["arch"], "isa": own.words["isa"], "pin": pin, **gpu}
 
 
 def _note(part: str, compiler: str) -> Path:
@@ -186,9 +193,19 @@ def _note(part: str, compiler: str) -> Path:
     return source.with_suffix(".o")
 
 
-def _report(part: str, line: str) -> None:
-    if counted := re.match(r"\[(\d+)/(\d+)\]", line):
-        progress.report(f"compile llama.cpp: {part}", int(counted[1]), int(counted[2]), unit="files")
+class _Counter:
+    """Reports what ninja counts. The shaders' generator has a ninja of its own, whose few steps are not counted."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._total = what, 0
+
+    def __call__(self, line: str) -> None:
+        if not (counted := re.match(r"\[(\d+)/(\d+)\]", line)):
+            return
+        done, total = int(counted[1]), int(counted[2])
+        if done and 2 * total >= self._total:  # [0/2] is ninja looking for new files
+            self._total = max(total, self._total)
+            progress.report(self._what, done, total, unit="files")
 
 
 def _identify(pin: Pin) -> None:
@@ -244,45 +261,3 @@ def _processor() -> str:
     features = re.search(r"^(?:flags|Features)\s*:(.*)$", info.read_text(encoding="utf-8"), re.MULTILINE)
     names = sorted(features[1].split()) if features else []
     return hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
-
-
-def _program(name: str) -> str:
-    """cmake or ninja: the one installed beside this Python first, since the `train` extra brings both."""
-    beside = shutil.which(name, path=os.fspath(Path(sys.executable).parent))
-    if found := beside or shutil.which(name):
-        return found
-    raise SetupError(
-        f"{name} is not installed, so llama.cpp cannot be compiled",
-        hint=f"pip install {name}   (the extra edgeft[train] brings it)",
-    )
-
-
-def _compiler(part: str) -> str:
-    own = load().parts[part].cmake
-    if cross := own.get("CMAKE_CXX_COMPILER"):
-        if found := shutil.which(cross):
-            return found
-        if own.get("CMAKE_SYSTEM_PROCESSOR") == platform.machine() and (found := shutil.which("g++")):
-            return found  # not a cross compiler, here
-        kind, _, program = cross.rpartition("-")  # Debian's packages are named the other way round
-        raise SetupError(
-            f"{cross} is not installed, so llama.cpp's {part} cannot be compiled",
-            hint=f"sudo apt install {program}-{kind.replace('_', '-')}",
-        )
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name.split()[0])):
-            return found
-    raise SetupError(
-        "no C++ compiler is installed, so llama.cpp cannot be compiled", hint="sudo apt install g++"
-    )
-
-
-def _c_compiler(cxx: str) -> str:
-    return cxx.removesuffix("g++") + "gcc"
-
-
-def _jobs() -> int:
-    import psutil
-
-    free_mb = psutil.virtual_memory().available // 2**20
-    return int(max(1, min(allowed_cpus(), free_mb // _RAM_A_JOB_MB)))

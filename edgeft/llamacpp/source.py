@@ -54,10 +54,11 @@ def llama_cpp_tree() -> Path:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Only one process at a time fetches or builds; the others wait and then find it done."""
+def locked(name: str = "lock") -> Iterator[None]:
+    """Only one process at a time fetches or builds; the others wait and then find it done. `name`: what does not stand in
+    a compiler's way has a lock of its own."""
     home().mkdir(parents=True, exist_ok=True)
-    with (home() / "lock").open("a") as handle:
+    with (home() / name).open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from edgeft.runtimes.elf import Elf, check_elf, read_elf
 from edgeft.runtimes.isa import Isa
+from edgeft.runtimes.needs import Needs, read_needs
 from edgeft.runtimes.runtime import Runtime, available, for_device
 
-__all__ = ["Elf", "Isa", "Runtime", "available", "check_elf", "for_device", "read_elf"]
+__all__ = ["Elf", "Isa", "Needs", "Runtime", "available", "check_elf", "for_device", "read_elf", "read_needs"]

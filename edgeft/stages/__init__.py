@@ -9,6 +9,7 @@ from edgeft.stages import (
     device,
     export_bundle,
     export_deb,
+    export_image,
     export_oci,
     export_ollama,
     gate,
@@ -50,4 +51,5 @@ STAGES: tuple[Stage[Any], ...] = (
     export_deb.STAGE,
     export_oci.STAGE,
     export_ollama.STAGE,
+    export_image.STAGE,
 )

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from edgeft.fit.board import ARM_LEVELS, X86_LEVELS, Board
+from edgeft.image import kinds
 from edgeft.stage import Facts, Job, Params, Stage
 
 
@@ -36,6 +37,10 @@ class Device(Params):
     """Memory of its own that the GPU has; 0 when it shares the RAM."""
     vram_reserve_mb: int = Field(0, ge=0)
     """What driver, CUDA context and screen keep of it."""
+    accelerator: str = Field("", pattern=r"^(|cpu|vulkan|cuda:\d+\.\d)$")
+    """How the GPU is programmed: vulkan, or cuda with its compute capability, `cuda:8.6`; it chooses the runtime that ships."""
+    image: str = ""
+    """How the board starts, for `[[export]] kind = "image"`; "" where that is not known."""
 
     @field_validator("isa")
     @classmethod
@@ -45,10 +50,19 @@ class Device(Params):
             raise ValueError(f"{value!r} starts with no known level; choose from {', '.join(known)}")
         return value
 
+    @field_validator("image")
+    @classmethod
+    def _known_image(cls, value: str) -> str:
+        if value and value not in kinds.NAMES:
+            raise ValueError(f"{value!r} is none of {', '.join(kinds.NAMES)}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Device:
         if self.isa.startswith("x86") != (self.arch == "amd64"):
             raise ValueError(f"isa = {self.isa!r} is not of arch = {self.arch!r}")
+        if (kind := kinds.KINDS.get(self.image)) and kind.arch != self.arch:
+            raise ValueError(f"image = {self.image!r} is for arch = {kind.arch!r}")
         if self.os_reserve_mb >= self.ram_mb or self.vram_reserve_mb > self.vram_mb:
             raise ValueError("the reserve leaves no memory for a model")
         low, high = self.effective_gb_s

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from pydantic import Field
 
 import edgeft
 from edgeft import bundle, estimates, staging
 from edgeft.bundle.launch import slug
-from edgeft.export import deb, service
+from edgeft.export import agent, deb, service, web
 from edgeft.export.deb import Package
 from edgeft.export.files import Entry, plain
-from edgeft.stage import Facts, Job, Params, Stage, digest
+from edgeft.stage import Artifact, Facts, InputPath, Job, Params, Stage, Step, digest
 from edgeft.staging import Tree
 
 PROGRAMS, MODEL = "runtime.deb", "model.deb"
@@ -23,6 +24,11 @@ class Deb(Params):
     """Version of the model's package, without a dash. Raise it with every update: dpkg compares it."""
     maintainer: str = Field("edgeft <edgeft@localhost>", pattern=r"^[^<>\n]+ <[^<>\s]+@[^<>\s]+>$")
     """Whom to ask, as `Name <address>`."""
+    trust: InputPath | None = None
+    """root.json of `edgeft keys new`: whose updates the device takes. Without it, it takes none until somebody puts one
+    into /etc/edgeft/trust."""
+    web_chat: web.WebChat = False
+    """Whether llama-server's own web chat goes along; its first build needs npm."""
 
 
 def run(job: Job[Deb]) -> Facts:
@@ -44,13 +50,17 @@ def run(job: Job[Deb]) -> Facts:
 
 
 def _programs(tree: Tree, params: Deb) -> Package:
-    """Moves only with llama.cpp, its settings, and edgeft's start script."""
+    """Moves only with llama.cpp, its settings, the update agent, whom it trusts, and edgeft's start script."""
     runtime = staging.runtime(tree.device)
+    trust = params.trust.read_bytes() if params.trust else b""
     files = {
         f"{service.PROGRAMS}/llama-server": Entry(content=runtime.ensure() / "llama-server", mode=0o755),
-        **service.shared(),
+        **service.shared(trust),
+        **web.entries(params.web_chat),
     }
-    build = hashlib.sha256(f"{runtime.pin} {edgeft.__version__}".encode()).hexdigest()[:8]
+    page = params.model_dump(mode="json")["web_chat"]
+    made_of = (runtime.pin, edgeft.__version__, agent.AGENT.pin, hashlib.sha256(trust).hexdigest(), page)
+    build = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     version = f"{tree.llama_cpp['version']}+{tree.llama_cpp['commit'][:8]}.{build}"
     return Package(
         name=f"edgeft-runtime-{slug(runtime.name)}", version=version, architecture=runtime.arch,
@@ -60,17 +70,19 @@ def _programs(tree: Tree, params: Deb) -> Package:
             "On an older one it stops with an illegal instruction.",
         ),
         provides=f"edgeft-runtime (= {version})", conflicts="edgeft-runtime", foreign=True, files=files,
-        licence=staging.runtime_licence(), keeps_key=True,
+        depends=", ".join(runtime.debian()), recommends=", ".join(agent.PACKAGES),
+        licence=staging.runtime_licence() + b"\n\n" + agent.licence(), owns=("var/lib/edgeft",),
     )  # fmt: skip
 
 
 def _model(tree: Tree, params: Deb) -> Package:
     s = tree.settings
+    groups = service.VULKAN_GROUPS if staging.runtime(tree.device).kind == "vulkan" else ()
     contents = {**tree.models, **tree.papers}
     manifest = bundle.manifest_text(bundle.manifest_of(contents, tree.about))
     files = {
         **plain({**contents, "manifest.json": manifest}, service.models_folder(s.name)),
-        **service.of_model(s, memory_max_mb=_limit(tree)),
+        **service.of_model(s, memory_max_mb=_limit(tree), groups=groups),
         f"usr/share/doc/edgeft-{s.name}/README.txt": Entry(
             content=service.readme(s, board=tree.device["name"], numbers=tree.numbers)
         ),
@@ -84,8 +96,16 @@ def _model(tree: Tree, params: Deb) -> Package:
             f"Predicted there: {tree.need['total']:,.0f} MB of memory.",
         ),
         depends=f"edgeft-runtime (>= {tree.llama_cpp['version']})", files=files, licence=notice if isinstance(notice, bytes) else b"",
-        unit=f"edgeft-{s.name}.service",
+        unit=f"edgeft-{s.name}.service", owns=(service.versions_folder(s.name),),
     )  # fmt: skip
+
+
+def _check(step: Step, artifacts: Mapping[str, Artifact]) -> None:
+    staging.runnable(step, artifacts)
+    params: Deb = step.params  # type: ignore[assignment]
+    web.check(params.web_chat)
+    if params.trust:
+        agent.check_trust(params.trust)
 
 
 def _limit(tree: Tree) -> int:
@@ -98,5 +118,5 @@ def _limit(tree: Tree) -> int:
 
 STAGE = Stage(
     name="export", kind="deb", params=Deb, run=run, per_target=True, extra="train", needs=staging.NEEDS,
-    makes=(PROGRAMS, MODEL), tools=(deb.DPKG_DEB, staging.RUNTIMES), check=staging.runnable, estimate=estimates.bundle,
+    makes=(PROGRAMS, MODEL), tools=(deb.DPKG_DEB, staging.RUNTIMES, agent.AGENT), check=_check, estimate=estimates.bundle,
 )  # fmt: skip

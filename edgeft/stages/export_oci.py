@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from edgeft import bundle, estimates, staging
 from edgeft.bundle.launch import server_arguments
-from edgeft.export import oci, service
+from edgeft.export import oci, service, web
 from edgeft.export.files import Entry, plain
 from edgeft.export.oci import Image, Layer
-from edgeft.stage import Facts, Job, Params, Stage, digest
+from edgeft.stage import Artifact, Facts, Job, Params, Stage, Step, digest
 from edgeft.staging import Tree
 
 FILE = "image.oci.tar"
@@ -20,6 +22,8 @@ SECRET = "/run/secrets/edgeft-api-key"
 class Oci(Params):
     tag: str = Field("latest", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")
     """The image is loaded as edgeft/NAME:TAG."""
+    web_chat: web.WebChat = False
+    """Whether llama-server's own web chat goes along; its first build needs npm."""
 
 
 def run(job: Job[Oci]) -> Facts:
@@ -29,12 +33,13 @@ def run(job: Job[Oci]) -> Facts:
     manifest = bundle.manifest_text(bundle.manifest_of(contents, tree.about))
     image = Image(
         name=f"edgeft/{tree.settings.name}:{job.params.tag}", architecture=runtime.arch, port=tree.settings.port,
-        entrypoint=_entrypoint(tree),
+        entrypoint=_entrypoint(tree, job.params),
         environment={"LLAMA_ARG_HOST": tree.settings.host, "LLAMA_ARG_PORT": str(tree.settings.port), "HOME": "/tmp"},
         labels=_labels(tree, job.params, runtime.isa),
         layers=(
             Layer(said=f"llama-server for {runtime.isa}", folders={"tmp": 0o1777}, files={
                 f"{service.PROGRAMS}/llama-server": Entry(content=runtime.ensure() / "llama-server", mode=0o755),
+                **web.entries(job.params.web_chat),
                 "usr/share/doc/llama.cpp/copyright": Entry(content=staging.runtime_licence()),
                 "etc/passwd": Entry(content=f"edgeft:x:{oci.NOBODY}:{oci.NOBODY}::/tmp:/sbin/nologin\n".encode()),
                 "etc/group": Entry(content=f"edgeft:x:{oci.NOBODY}:\n".encode()),
@@ -54,7 +59,7 @@ def run(job: Job[Oci]) -> Facts:
     }  # fmt: skip
 
 
-def _entrypoint(tree: Tree) -> list[str]:
+def _entrypoint(tree: Tree, params: Oci) -> list[str]:
     """llama-server with all options but the address, which the environment gives: 127.0.0.1 reaches the host under
     `--network=host` alone. For another address a key is demanded, and without that file the server does not start."""
     s = tree.settings
@@ -62,6 +67,7 @@ def _entrypoint(tree: Tree) -> list[str]:
         f"/{service.PROGRAMS}/llama-server", "--model", f"/{MODELS}/model.gguf",
         *(("--lora", f"/{MODELS}/adapter.gguf") if tree.adapter else ()),
         *server_arguments(s, address=False),
+        *(("--path", f"/{web.FOLDER}") if params.web_chat else ()),
         *(("--api-key-file", SECRET) if s.host not in service.LOOPBACK else ()),
     ]  # fmt: skip
 
@@ -75,7 +81,12 @@ def _labels(tree: Tree, params: Oci, isa: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _check(step: Step, artifacts: Mapping[str, Artifact]) -> None:
+    staging.runnable(step, artifacts)
+    web.check(step.params.web_chat)  # type: ignore[attr-defined]
+
+
 STAGE = Stage(
     name="export", kind="oci", params=Oci, run=run, per_target=True, extra="train", needs=staging.NEEDS,
-    makes=(FILE,), tools=(staging.RUNTIMES,), check=staging.runnable, estimate=estimates.bundle,
+    makes=(FILE,), tools=(staging.RUNTIMES,), check=_check, estimate=estimates.bundle,
 )  # fmt: skip

@@ -33,6 +33,15 @@ def test_a_board_says_what_it_is_below_its_login_message():
         machine.read("bash: uname: command not found\n")
 
 
+def test_a_board_whose_kernel_is_another_processors_is_emulated():
+    for line in ("edgeft kernel=x86_64", "edgeft model=AMD EPYC\nedgeft features=fpu sse avx2"):
+        found = machine.read(f"edgeft machine=aarch64\n{line}\n")
+        assert found.emulated and found.processor == "emulated aarch64" and not found.features
+        assert machine.missing("armv8.2-a+dotprod+fp16", found) == []
+    assert not machine.read(PI).emulated
+    assert not machine.read("edgeft machine=x86_64\nedgeft kernel=x86_64\nedgeft features=fpu sse\n").emulated
+
+
 def test_this_machine_answers_the_same_script():
     with here() as place:
         found = machine.read(place.shell(machine.LOOK))

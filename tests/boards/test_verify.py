@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,70 +11,26 @@ import pytest
 from edgeft.boards.place import EMULATOR, Here
 from edgeft.commands import verifying
 from edgeft.errors import DataError, EdgeftError, ParityError, SetupError
-from tests.conftest import PYTHONPATH, ROOT
+from tests.boards.conftest import edgeft
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-target = "laptop"
-[base]
-path = "base"
-licence = "CC0-1.0"
-[data]
-source = "rows.jsonl"
-holdout = 12
-[train]
-method = "lora"
-max_steps = 2
-batch_size = 4
-[[quantize]]
-kind = "gguf"
-type = "Q8_0"
-[reference]
-windows = 6
-n_ctx = 64
-general_windows = 6
-questions = 1
-answer_tokens = 4
-[verify]
-floor_windows = 2
-[gate]
-max_kld = 5
-max_ppl_ratio = 5
-min_same_top = 0
-min_retention = -5
-"""
-
-
-def edgeft(*args, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "edgeft", *map(str, args)], cwd=cwd, text=True, capture_output=True, check=False, timeout=600,
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def project(library, tiny_checkpoint, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("a board")
-    (folder / "base").symlink_to(tiny_checkpoint)
-    lines = (ROOT / "recipes/data/wordnet_medical_qa.jsonl").read_text().splitlines()
-    (folder / "rows.jsonl").write_text("\n".join(lines[::50]) + "\n")
-    (folder / "tiny.toml").write_text(RECIPE)
-    refused = edgeft("verify", "tiny.toml", cwd=folder)
-    assert refused.returncode == 1 and "is not built in" in refused.stderr
-    done = edgeft("build", "tiny.toml", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+Q8_0 = "q8_0"
 
 
 def document(project):
     return json.loads((project / ".edgeft/reports/tiny/certificate.json").read_text())
 
 
+def verified(project):
+    """The file that the tests look at: one of two."""
+    return document(project)["files"][0]
+
+
 def test_the_step_served_goes_into_certificate_and_report_and_a_next_build_keeps_it(project):
-    done = edgeft("verify", "tiny.toml", cwd=project)
+    done = edgeft("verify", "tiny.toml", "--variant", Q8_0, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = document(project)["files"]
+    file = verified(project)
     assert [s["text"] for s in file["served"]] == ["domain", "general"] and file["steps"][-1][
         "step"
     ] == "served"
@@ -85,7 +38,7 @@ def test_the_step_served_goes_into_certificate_and_report_and_a_next_build_keeps
     assert any("was run on this machine" in note for note in file["notes"])
     again = edgeft("build", "tiny.toml", cwd=project)
     assert again.returncode == 0 and "0 steps ran" in again.stdout
-    assert document(project)["files"][0]["served"] == file["served"]
+    assert verified(project)["served"] == file["served"]
     report = (project / ".edgeft/reports/tiny/report.md").read_text()
     assert "## On the device" in report and "| q8_0 | local: " in report
 
@@ -109,21 +62,23 @@ def test_a_file_with_a_zeroed_tensor_over_there_fails_at_served_with_exit_code_5
     monkeypatch.setattr(Here, "put", damaged)
     monkeypatch.chdir(project)
     with pytest.raises(ParityError, match=r"on the board the KL divergence moved by .* at fault is 'served'"):
-        verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="local"))
+        verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="local", variant=Q8_0))
     assert document(project)["verdict"] == "FAIL"
     assert "| FAIL |" in (project / ".edgeft/reports/tiny/report.md").read_text()
 
 
 def test_fewer_windows_are_held_against_the_same_windows_here(project, monkeypatch):
     monkeypatch.chdir(project)
-    verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="local", windows=4))
-    (file,) = document(project)["files"]
+    verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="local", windows=4, variant=Q8_0))
+    file = verified(project)
     assert [s["windows"] for s in file["served"]] == [4, 4] and all(
         abs(s["moved"]) < 1e-5 for s in file["served"]
     )
-    assert any("scored the first 4 of 6 windows" in note for note in file["notes"])
+    assert any("scored the first 4 of 5 windows" in note for note in file["notes"])
     with pytest.raises(DataError, match="3 windows of 64 tokens are too few"):
-        verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="local", windows=3))
+        verifying.verify(
+            Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="local", windows=3, variant=Q8_0)
+        )
 
 
 def test_places_that_are_none_and_files_that_are_not_made_are_refused(project, monkeypatch):
@@ -140,7 +95,7 @@ def test_under_emulation_the_boards_kernels_are_judged_and_its_speed_is_marked(p
     if not shutil.which(EMULATOR) or not runtimes.for_device("arm64", "armv8.2-a+dotprod+fp16").built():
         pytest.skip("needs qemu-user-static and the compiled runtime arm64-cortex-a76")
     monkeypatch.chdir(project)
-    verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="qemu"))
-    (file,) = document(project)["files"]
+    verifying.verify(Path("tiny.toml"), Path(".edgeft"), verifying.Asked(on="qemu", variant=Q8_0))
+    file = verified(project)
     assert all("NEON" in s["kernels"] for s in file["served"])
     assert "(emulated: no promise)" in (project / ".edgeft/reports/tiny/report.md").read_text()

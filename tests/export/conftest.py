@@ -26,6 +26,8 @@ def job(tmp_path_factory):
         pin="0123",
         ensure=lambda: folder,
         find=lambda: "",
+        debian=lambda: (),
+        kind="cpu",
     )
     make = make_job(folder)
 

@@ -13,6 +13,7 @@ from edgeft.export import deb, service
 from edgeft.export.deb import Package
 from edgeft.stages import export_deb
 from edgeft.stages.export_deb import Deb
+from tests.agent.device import Keys
 
 pytestmark = pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
 
@@ -56,7 +57,9 @@ def dpkg(root, *arguments):
 
 def served(root, settings, environment):
     """What the start script tells llama-server, or what it says and its exit status when it refuses."""
-    script = (root / "usr/lib/edgeft/serve").read_text().replace("=/usr", f"={root}/usr")
+    script = (root / "usr/lib/edgeft/serve").read_text()
+    for folder in ("usr", "var"):
+        script = script.replace(f"=/{folder}/", f"={root}/{folder}/")
     command = ["sh", "-c", script, "serve", "tiny-model"]
     return subprocess.run(
         command,
@@ -94,6 +97,40 @@ def test_the_packages_install_into_a_root_of_another_architecture_and_leave_it_a
     assert not link.is_symlink()
     dpkg(root, "-P", *(p["package"] for p in facts["packages"]))
     assert not [p for p in root.rglob("*edgeft*") if "dpkg" not in p.parts]
+
+
+def test_the_programs_say_who_may_update_the_device_and_ask_for_python_without_demanding_it(
+    job, built, tmp_path
+):
+    trust = tmp_path / "root.json"
+    trust.write_bytes(Keys().chain[0])
+    done = job("trusting", Deb(trust=trust))
+    facts = export_deb.run(done)
+    root = root_with(tmp_path / "root", done.out / "runtime.deb", done.out / "model.deb")
+    assert (root / "etc/edgeft/trust/root.json").read_bytes() == trust.read_bytes()
+    assert facts["packages"][0]["version"] != built[1]["packages"][0]["version"]
+    about = subprocess.run(
+        ["dpkg-deb", "-f", done.out / "runtime.deb"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Recommends: python3, python3-cryptography\n" in about and "Depends" not in about
+    said = subprocess.run([root / "usr/lib/edgeft/edgeft-update", "--root", root, "status"],
+                          capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}).stdout  # fmt: skip
+    assert "updates are signed under root of trust 1" in said and "tiny-model: version 0" in said
+
+
+def test_an_update_is_served_in_place_of_what_the_package_installed_and_goes_with_it(built, tmp_path):
+    done, facts = built
+    root = root_with(tmp_path / "root", done.out / "runtime.deb", done.out / "model.deb")
+    models = root / "var/lib/edgeft/models/tiny-model"
+    (models / "versions/3").mkdir(parents=True)
+    for name in ("model.gguf", "run.sh"):
+        shutil.copy(root / "usr/share/edgeft/tiny-model" / name, models / "versions/3")
+    (models / "current").symlink_to("versions/3")
+    options = served(root, {}, {}).stdout.split("\n")
+    assert options[options.index("--model") + 1] == f"{models}/versions/3/model.gguf"  # not through the link
+    assert "an update is served" in dpkg(root, "-i", done.out / "model.deb")
+    dpkg(root, "-P", *(p["package"] for p in facts["packages"]))
+    assert not models.exists()
 
 
 def test_nothing_but_this_machine_is_answered_unless_the_settings_say_so_and_then_with_a_key(

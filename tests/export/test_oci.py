@@ -12,14 +12,16 @@ import tarfile
 
 import pytest
 
+from edgeft.export import web
+from edgeft.export.files import Entry
 from edgeft.stages import export_oci
 from edgeft.stages.export_oci import Oci
 
 _COUNT = itertools.count()
 
 
-def image(job, **serve):
-    done = job(f"image-{next(_COUNT)}", Oci(), **serve)
+def image(job, params=Oci(), **serve):  # noqa: B008  frozen
+    done = job(f"image-{next(_COUNT)}", params, **serve)
     facts = export_oci.run(done)
     with tarfile.open(done.out / "image.oci.tar") as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar}
@@ -86,6 +88,20 @@ def test_the_image_runs_as_nobody_and_answers_its_own_machine_alone(one):
     assert found[0]["usr/lib/edgeft/llama-server"].mode == 0o755 and found[0]["tmp"].mode == 0o1777
     assert set(found[-1]) == {"models", "models/model.gguf"}
     assert all((m.uid, m.gid, m.uname) == (0, 0, "") for layer in found for m in layer.values())
+
+
+def test_the_web_chat_lies_beside_the_server_and_is_served(job, one, tmp_path, monkeypatch):
+    (tmp_path / "index.html").write_text("page")
+    entries = {f"{web.FOLDER}/index.html": Entry(content=tmp_path / "index.html")}
+    monkeypatch.setattr(web, "entries", lambda wanted: entries if wanted else {})
+    _, facts, files = image(job, Oci(web_chat=True))
+    _, manifest, config = parts(files)
+    entry = config["config"]["Entrypoint"]
+    assert entry[entry.index("--path") + 1] == "/usr/lib/edgeft/web"
+    assert "usr/lib/edgeft/web/index.html" in members(files, manifest["layers"][0])
+    moved = [a != b for a, b in zip(one[1]["layers"], facts["layers"], strict=True)]
+    assert moved == [True, False, False]
+    assert "--path" not in parts(one[2])[2]["config"]["Entrypoint"]
 
 
 def test_an_image_that_the_network_shall_reach_demands_a_key(job):

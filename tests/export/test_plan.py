@@ -55,19 +55,25 @@ def test_the_programs_of_the_target_are_part_of_the_key_only_where_they_ship(tmp
     assert len(staging.RUNTIMES.pin) == 16
 
 
-@pytest.mark.parametrize("kind", ["deb", "oci"])
 @pytest.mark.parametrize("target", ["jetson-orin-nano-8gb", "rtx-3060-box"])
-def test_a_board_for_which_no_programs_are_made_is_refused_before_the_training(tmp_path, target, kind):
-    step = exports(steps(tmp_path, target, f'[export]\nkind = "{kind}"'))[0]
-    with pytest.raises(SetupError, match="no cuda runtime") as error:
-        step.stage.check(step, {})
-    assert error.value.hint.startswith('take [export] kind = "bundle"')
+def test_a_board_whose_gpu_nothing_here_compiles_for_is_refused_before_the_training(
+    tmp_path, monkeypatch, target
+):
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    for kind, said in (
+        ("deb", "so llama.cpp's .*cuda.* cannot be compiled"),
+        ("oci", "and this format has no system"),
+    ):
+        step = exports(steps(tmp_path, target, f'[export]\nkind = "{kind}"'))[0]
+        with pytest.raises(SetupError, match=said) as error:
+            step.stage.check(step, {})
+        assert error.value.hint.startswith('take [export] kind = "bundle"')
 
 
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ('kind = "debb"', "choose from bundle, deb, oci, ollama"),
+        ('kind = "debb"', "choose from bundle, deb, image, oci, ollama"),
         ('kind = "deb"\nversion = "1-2"', "export.version"),
         ('kind = "deb"\nmaintainer = "me"', "export.maintainer"),
         ('kind = "oci"\ntag = "a b"', "export.tag"),

@@ -1,0 +1,84 @@
+"""From a recipe to a machine that answers: built, started without network, asked, cut off, started again; and B after A.
+
+Minutes, and a download of Debian's packages at the first run: `pytest -m boot tests/boot`
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edgeft.commands.booting import _grow
+from edgeft.emulator.boot import booted, read_spec
+from edgeft.image.disk import unpack
+from tests.test_pipeline import built, edgeft, project  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.boot
+
+
+@pytest.fixture(scope="module")
+def image(project, built):  # noqa: F811
+    """The folder of the first file's image."""
+    done = edgeft("build", "tiny.toml", "--target", "amd64-uefi", "--upto", "q8_0", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = built.glob("done/export-image-*/image.img.zst")
+    return found
+
+
+@pytest.fixture
+def machine(image, tmp_path):
+    """The disk as on a card, and what is to be started."""
+    raw = tmp_path / "raw"
+    unpack(image, raw)
+    _grow(raw)
+    return raw, read_spec(json.loads(image.with_name("image.json").read_text()))
+
+
+def test_the_command_prints_the_answer_and_the_times(project, image):  # noqa: F811
+    done = edgeft(
+        "boot",
+        "tiny.toml",
+        "--target",
+        "amd64-uefi",
+        "--ask",
+        "What is anemia?",
+        "--max-tokens",
+        "4",
+        cwd=project,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        "answers after" in done.stdout
+        and "emulated: no promise" in done.stdout
+        and "shut down" in done.stdout
+    )
+
+
+def test_it_comes_back_after_the_power_was_cut(machine):
+    raw, spec = machine
+    with booted(raw, spec, snapshot=False) as first:
+        said = first.ask("What is anemia?", 4)
+        first.program.process.kill()
+        first.program.process.wait()
+    with booted(raw, spec, snapshot=False) as second:
+        assert second.ask("What is anemia?", 4).text == said.text
+
+
+def test_when_system_a_is_broken_b_starts_after_three_tries(machine, image):
+    raw, spec = machine
+    a = json.loads(image.with_name("image.json").read_text())["partitions"][1]
+    with raw.open("r+b") as disk:
+        disk.seek(a["start"])
+        disk.write(bytes(1 << 20))  # its superblock too
+    with booted(raw, spec) as running:
+        assert running.ask("What is anemia?", 4).tokens
+        said = running.console()
+    assert said.count("the root file system on") >= 3 and "root=PARTLABEL=edgeft-b" in said
+
+
+def test_the_console_names_no_failed_unit(machine):
+    raw, spec = machine
+    with booted(raw, spec) as running:
+        pass
+    assert "FAILED" not in running.console()
