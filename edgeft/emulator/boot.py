@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -222,9 +223,10 @@ def _request(port: int, path: str, key: str, body: object, timeout_s: float) -> 
 
 
 def _last(lines: list[str]) -> str:
-    """The console's last words, without what moves a cursor."""
+    """The console's last words, without what moves a cursor or gives it a colour (ECMA-48, control sequences)."""
     for line in reversed(lines[-5:]):
-        if text := "".join(c for c in line if c.isprintable()).strip():
+        plain = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", line)
+        if text := "".join(c for c in plain if c.isprintable()).strip():
             return text[:60]
     return "firmware"
 

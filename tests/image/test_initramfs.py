@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import subprocess
 
@@ -11,6 +12,7 @@ import zstandard
 from edgeft.errors import StageError
 from edgeft.image import initramfs, modules, settings
 
+CPIO = pytest.mark.skipif(not shutil.which("cpio"), reason="needs cpio")
 KERNEL = "usr/lib/modules/6.1.0-1-test"
 DEP = """\
 kernel/fs/ext4/ext4.ko: kernel/lib/crc16.ko kernel/fs/mbcache.ko kernel/fs/jbd2/jbd2.ko
@@ -76,6 +78,7 @@ def test_two_kernels_are_refused(root):
         modules.version(root)
 
 
+@CPIO
 def test_the_archive_is_one_that_cpio_unpacks(tmp_path):
     data = initramfs.archive_of({
         "init": (stat.S_IFREG | 0o755, b"#!/bin/sh\n"), "usr/lib/x.so": (stat.S_IFREG | 0o644, b"12345"),
@@ -106,6 +109,7 @@ def test_a_program_brings_the_libraries_that_its_own_loader_finds(tmp_path):
     assert found == {"e2fsck", *asked}
 
 
+@CPIO
 def test_the_same_root_gives_the_same_bytes_and_every_module_in_the_list_is_inside(
     root, tmp_path, monkeypatch
 ):
