@@ -44,7 +44,10 @@ while kill -0 $p 2>/dev/null; do
   echo "edgeft heat=$(heat)"
   echo "edgeft windows=$(grep -c '±' "$log")"
   n=$((n + 1))
-  { [ $n -lt 10 ] && sleep 0.3 2>/dev/null; } || sleep 1
+  pause=0.05
+  [ $n -lt 20 ] || pause=0.3
+  [ $n -lt 30 ] || pause=1
+  sleep $pause 2>/dev/null || sleep 1
 done
 wait $p
 echo "edgeft status=$?"
@@ -53,7 +56,8 @@ echo "edgeft log follows"
 cat "$log"
 rm -f "$log"
 """
-"""Runs a command, tells thrice and then once a second how it does, and prints its output at the end."""
+"""Runs a command, tells how it does and prints its output at the end. A short run is looked at more often, else its peak
+would be missed; a long one less, since looking costs the board something too."""
 
 
 @dataclass(frozen=True, kw_only=True)
