@@ -69,6 +69,9 @@ def files(model: str, hostname: str, ssh_keys: Sequence[str]) -> dict[str, Entry
             "[Journal]", "Storage=persistent", "SystemMaxUse=32M", "SystemMaxFileSize=4M", "RuntimeMaxUse=16M",
             "ForwardToSyslog=no",
         ),
+        "etc/systemd/system/var.mount.d/edgeft.conf": _text(
+            "[Unit]", "# Left to systemd-shutdown, which unmounts it when nothing writes a log any more.", "DefaultDependencies=no",
+        ),
         "etc/sysctl.d/80-edgeft.conf": _text(
             "# A kernel that has failed starts again; the boot loader counts.",
             "kernel.panic = 10", "kernel.panic_on_oops = 1", "kernel.sysrq = 0",

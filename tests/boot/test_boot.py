@@ -6,23 +6,27 @@ Minutes, and a download of Debian's packages at the first run: `pytest -m boot t
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import time
 
 import pytest
 
 from edgeft.commands.booting import _grow
 from edgeft.emulator.boot import booted, read_spec
 from edgeft.image.disk import unpack
-from tests.test_pipeline import built, edgeft, project  # noqa: F401  fixtures
+from edgeft.image.partitions import MIB
+from tests.boards.conftest import edgeft, project, tiny  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.boot
 
 
 @pytest.fixture(scope="module")
-def image(project, built):  # noqa: F811
+def image(project):  # noqa: F811
     """The folder of the first file's image."""
     done = edgeft("build", "tiny.toml", "--target", "amd64-uefi", "--upto", "q8_0", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = built.glob("done/export-image-*/image.img.zst")
+    (found,) = project.glob(".edgeft/done/export-image-*/image.img.zst")
     return found
 
 
@@ -81,4 +85,30 @@ def test_the_console_names_no_failed_unit(machine):
     raw, spec = machine
     with booted(raw, spec) as running:
         pass
-    assert "FAILED" not in running.console()
+    said = plain(running.console())
+    assert "FAILED" not in said, [line for line in said.splitlines() if "FAILED" in line]
+
+
+def test_a_start_is_no_longer_counted_once_the_model_has_answered(machine):
+    raw, spec = machine
+    assert entries(raw) == {"edgeft-a+3.conf", "edgeft-b+3.conf"}
+    with booted(raw, spec, snapshot=False) as running:
+        end = time.monotonic() + 300
+        while "Boot Loader Entry as Good" not in plain(running.console()) and time.monotonic() < end:
+            time.sleep(1)
+        time.sleep(5)
+    assert entries(raw) == {"edgeft-a.conf", "edgeft-b+3.conf"}, plain(running.console())[-3000:]
+
+
+def entries(raw):
+    """Names of the boot loader's entries, in which it counts."""
+    said = subprocess.run(
+        ["mdir", "-b", "-i", f"{raw}@@{MIB}", "::/loader/entries"], check=True, capture_output=True, text=True,
+        env={"MTOOLS_SKIP_CHECK": "1", "PATH": "/usr/bin"},
+    ).stdout  # fmt: skip
+    return {line.rpartition("/")[2] for line in said.split()}
+
+
+def plain(console):
+    """Without what colours it or moves the cursor."""
+    return re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", console)
