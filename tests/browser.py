@@ -32,12 +32,20 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, script: str, seconds: float = 60):
-        """Until the expression is true. Says what stands on the page when it does not become so."""
+        """Until the expression is true. Says what stands on the page when it does not become so.
+
+        While a page is being replaced there is no body, or nothing to ask at all: not true yet, no error.
+        """
         end = time.monotonic() + seconds
-        while not (found := self.run(script)):
-            assert time.monotonic() < end, (script, self.run("document.body.innerText"))
+        while True:
+            try:
+                if found := self.run(script):
+                    return found
+                said = self.run("document.body?.innerText")
+            except AssertionError as error:
+                said = error
+            assert time.monotonic() < end, (script, said)
             time.sleep(0.1)
-        return found
 
     def type(self, selector: str, text: str) -> None:
         self.wait(f"document.querySelector({json.dumps(selector)})?.focus() ?? document.activeElement.matches({json.dumps(selector)})")  # fmt: skip
