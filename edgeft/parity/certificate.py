@@ -14,6 +14,8 @@ from edgeft.parity.checks.check import Check, failed
 from edgeft.parity.gates import ON_BOARD, Finding, Limits, Verdict
 from edgeft.parity.statistics import Comparison, Retention
 
+LLAMA_CPP = "llama.cpp"
+"""The runtime of GGUF files; which one exactly, the provenance says."""
 SCHEMA = 1
 """Raised when a key of certificate.json changes its meaning or goes away."""
 
@@ -100,7 +102,7 @@ class Manners:
     stopped: float
     """Share that ended by themselves."""
     repeats: float
-    """Share of 4-grams of tokens that were there before in the same answer."""
+    """Share of an answer's 4-grams of tokens that were there before in it, mean over answers."""
     distinct: float
     """Different tokens over all tokens, mean over answers."""
 
@@ -184,6 +186,8 @@ class File:
     """The noise floor of this file's kernels, as `llamacpp.kernels.Floor.facts()`; None when not measured."""
     notes: list[str] = field(default_factory=list)
     """What could not be measured here, and other things worth knowing; one sentence each."""
+    runtime: str = LLAMA_CPP
+    """Who gave its logits and answers: what serves it, with its version and device."""
     served: list[Served] = field(default_factory=list)
     """What boards' logs say of it, one for each text; empty when none was given."""
 
@@ -216,8 +220,12 @@ class Certificate:
     schema: int = SCHEMA
 
     def as_json(self) -> dict[str, Any]:
-        """The document as plain data."""
-        return asdict(self)
+        """The document as plain data. A file without `runtime` is llama.cpp's: its part is as it always was."""
+        document = asdict(self)
+        for file in document["files"]:
+            if file["runtime"] == LLAMA_CPP:
+                del file["runtime"]
+        return document
 
 
 def overall(files: Sequence[File]) -> Verdict:

@@ -180,17 +180,19 @@ def worst(
 
 
 def manners(model: str, replies: Sequence[Reply]) -> Manners:
-    """How a model's answers look as a whole (C-22, C-36): do they stop, do they repeat themselves."""
-    repeated = total = 0
-    distinct = []
+    """How a model's answers look as a whole (C-22, C-36): do they stop, do they repeat themselves.
+
+    Each answer counts once, however long: a single one that runs on in a loop would otherwise drown the others.
+    """
+    repeated, distinct = [], []
     for reply in replies:
         grams = [tuple(reply.ids[i : i + 4]) for i in range(len(reply.ids) - 3)]
-        repeated, total = repeated + len(grams) - len(set(grams)), total + len(grams)
+        repeated.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
         if reply.ids:
             distinct.append(len(set(reply.ids)) / len(reply.ids))
     return Manners(
         model=model, answers=len(replies), stopped=sum(r.stopped for r in replies) / max(1, len(replies)),
-        repeats=repeated / total if total else 0.0, distinct=sum(distinct) / len(distinct) if distinct else 0.0,
+        repeats=sum(repeated) / max(1, len(repeated)), distinct=sum(distinct) / len(distinct) if distinct else 0.0,
     )  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def behaviour(trained: Manners, shipped: Manners) -> list[Check]:
     )  # fmt: skip
     varies = Check(
         step="quantized", name="answers vary", codes=("C-36",), ok=shipped.repeats <= trained.repeats + 0.3,
-        said=f"{shipped.repeats:.0%} of the answers' 4-grams repeat an earlier one, {trained.repeats:.0%} of the reference's",
+        said=f"{shipped.repeats:.0%} of an answer's 4-grams repeat an earlier one, {trained.repeats:.0%} in the reference's answers",
     )  # fmt: skip
     return [stops, varies]
 

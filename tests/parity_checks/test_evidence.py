@@ -98,6 +98,16 @@ def test_answers_that_run_on_or_repeat_themselves_are_told():
     assert evidence.behaviour(evidence.manners("trained", []), evidence.manners("shipped", [])) == []
 
 
+def test_one_answer_that_runs_on_does_not_condemn_five_that_do_not():
+    good = [Reply(ids=list(range(n, n + 20)), text="fine", stopped=True) for n in range(6)]
+    loop = Reply(ids=[7, 8] * 48, text="and so on", stopped=False)
+    trained = evidence.manners("trained", good)
+    one, three = (evidence.manners("shipped", [*good[n:], *[loop] * n]) for n in (1, 3))
+    assert 0.1 < one.repeats < 0.2 and three.repeats > 0.4
+    assert all(c.ok for c in evidence.behaviour(trained, one))
+    assert [c.name for c in evidence.behaviour(trained, three) if not c.ok] == ["answers vary"]
+
+
 def test_a_reference_survives_its_file(reference, tmp_path):
     np.savez(tmp_path / "r.npz", **reference.arrays())
     again = Reference.of(dict(np.load(tmp_path / "r.npz")))
