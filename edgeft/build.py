@@ -25,6 +25,7 @@ EXTRAS = {
         "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "datasketch", "gguf",
         "jinja2", "diskcache", "zstandard", "tensorboard",
     ),
+    "onnx": ("onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir", "torch", "transformers", "gguf"),
 }  # fmt: skip
 """What must be importable for each optional dependency group. Looked for without importing it."""
 

@@ -1,4 +1,5 @@
-"""Ask a finished model: llama.cpp through llama-cpp-python, with the template in the file and the adapter beside it."""
+"""Ask a finished model: llama.cpp through llama-cpp-python, with the template in the file and the adapter beside it; or a folder
+through the session of the runtime that serves it."""
 
 from __future__ import annotations
 
@@ -61,6 +62,43 @@ class Chat:
     def close(self) -> None:
         """Free the model."""
         self._llama.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class FolderChat:
+    """A conversation with a folder that another runtime has open (edgeft.parity.served.Session), by that runtime's own template
+    and tokenizer. It says the most probable answer, all at once."""
+
+    def __init__(self, session: Any, *, context: int, system: str = "") -> None:
+        self.session, self.context = session, context
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, question: str, max_tokens: int) -> Iterator[str]:
+        """The answer, which stays part of the conversation. Raises SetupError without a template, DataError when the
+        conversation has become longer than the context."""
+        asked = [*self.messages, {"role": "user", "content": question}]
+        prompt = self.session.render(asked)
+        if prompt is None:
+            raise SetupError("the folder carries no chat template", hint="build it from a base that has one")
+        ids = self.session.tokenize(prompt)
+        room = self.context - len(ids)
+        if room < 1:
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, and the context {self.context}",
+                hint="start a new one",
+            )
+        said = self.session.detokenize(self.session.generate(ids, min(max_tokens, room))[0]).strip()
+        self.messages = [*asked, {"role": "assistant", "content": said}]
+        yield said
+
+    def close(self) -> None:
+        """Close the runtime."""
+        self.session.close()
 
     def __enter__(self) -> Self:
         return self

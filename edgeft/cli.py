@@ -88,7 +88,7 @@ def serve(
         bool, typer.Option("--web", help="Build llama-server's web chat first (needs npm).")
     ] = False,
 ) -> None:
-    """Serve a built model with llama-server: OpenAI's API and a web chat."""
+    """Serve a built model: llama-server with a web chat, or vLLM or SGLang for an AWQ folder; OpenAI's API."""
     from edgeft.commands import talking
 
     talking.serve(model, variant, store, threads, host, port, api_key, web=web)
@@ -102,7 +102,9 @@ def certify(
             help="The model as it should be: a checkpoint folder or a GGUF file.", show_default=False
         ),
     ],
-    shipped: Annotated[Path, typer.Argument(help="The GGUF file that ships.", show_default=False)],
+    shipped: Annotated[
+        Path, typer.Argument(help="What ships: a GGUF file, or an AWQ or ONNX folder.", show_default=False)
+    ],
     via: Annotated[
         list[Path] | None,
         typer.Option(help="A model on the way (merged checkpoint, 16-bit GGUF); may be repeated."),
@@ -132,6 +134,9 @@ def certify(
     floor_windows: Annotated[
         int, typer.Option(help="Windows for the kernels' noise; 0: not measured.", min=0)
     ] = 2,
+    runtime: Annotated[
+        str, typer.Option(help="What scores an AWQ folder: vllm or transformers; auto: what is there.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Which part of the texts is taken.")] = 0,
     tier: Annotated[str, typer.Option(help="near-lossless, parity or degraded.")] = "parity",
     max_kld: Annotated[float | None, typer.Option(help="Replaces the tier's limit.")] = None,
@@ -152,7 +157,7 @@ def certify(
     given = {
         "via": via or [], "adapter": adapter, "base": base, "text": text, "general": general, "calibration": calibration,
         "windows": windows, "general_windows": general_windows, "n_ctx": n_ctx, "questions": questions,
-        "floor_windows": floor_windows, "seed": seed, "board_logs": board_log or [],
+        "floor_windows": floor_windows, "runtime": runtime, "seed": seed, "board_logs": board_log or [],
     }  # fmt: skip
     numbers = {
         "max_kld": max_kld, "max_ppl_ratio": max_ppl_ratio, "min_same_top": min_same_top,

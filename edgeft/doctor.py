@@ -54,7 +54,7 @@ def examine(store: Path) -> list[Finding]:
     if packages.ok:
         findings += _torch(has_gpu=any(f.name == "GPU" and f.ok for f in findings))
     return [
-        *findings, _cpu(), _ram(),
+        *findings, _servers(), _cpu(), _ram(),
         _disk("disk for the store", store, STORE_MB, "free some space, or build into another disk with --store DIR"),
         _disk("disk for the cache", resources.cache(), CACHE_MB, "free some space, or set EDGEFT_CACHE=DIR"),
     ]  # fmt: skip
@@ -219,6 +219,28 @@ def _torch(*, has_gpu: bool) -> Iterator[Finding]:
     else:
         place = "GPU" if answer["device"] else "CPU"
         yield Finding(name="bitsandbytes", ok=True, found=f"NF4 works on the {place}")
+
+
+def _servers() -> Finding:
+    """What serves and measures folders that are no GGUF files; a GGUF file needs none of it."""
+    from edgeft import servers
+
+    here = [found.said for found in servers.installed()]
+    if importlib.util.find_spec("onnxruntime_genai"):
+        names = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
+        versions = [v for name in names if (v := _distribution(name))]
+        here.append(f"ONNX Runtime GenAI {', '.join(versions)}".strip())
+    return Finding(
+        name="AWQ, ONNX", ok=True if here else None, found=", ".join(here) or "neither vLLM, SGLang nor ONNX Runtime GenAI",
+        repair="" if here else f"ONNX: pip install 'edgeft[onnx]'; AWQ: {servers.find_hint('vllm')}",
+    )  # fmt: skip
+
+
+def _distribution(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _cpu() -> Finding:

@@ -26,6 +26,7 @@ def plan(*files: Tables, upto: str = "", stages: Sequence[Stage[Any]] = STAGES) 
         for params in (p for s, p in rows if s is stage or s.id == stage.table):
             steps += _variants(stage, params, steps)
     _refuse_twins(steps)
+    _refuse_idle([stage for stage, _ in rows], steps)
     if upto:
         steps = _only(steps, upto)
     return steps
@@ -96,9 +97,24 @@ def _supply(name: str, steps: Sequence[Step]) -> dict[str, Step | None]:
 def _refuse_twins(steps: list[Step]) -> None:
     seen: set[tuple[str, str]] = set()
     for step in steps:
-        if (name := (step.stage.id, step.variant)) in seen:
-            raise RecipeError(f"[{step.stage.name}] is given twice with the same name {step.variant!r}")
-        seen.add(name)
+        # Two stages whose results stand for the same one would hide each other below.
+        aliases = step.stage.replaces if step.stage.listed else ()
+        for name in ((stage, step.variant) for stage in (step.stage.id, *aliases)):
+            if name in seen:
+                raise RecipeError(f"[{step.stage.name}] is given twice with the same name {step.variant!r}")
+            seen.add(name)
+
+
+def _refuse_idle(asked: Sequence[Stage[Any]], steps: Sequence[Step]) -> None:
+    """A recipe that makes variants, and a target whose exports pack none of them."""
+    exports = [stage for stage in asked if stage.per_target and stage.needs]
+    made = [step for step in steps if step.stage.listed]
+    if exports and made and not any(step.stage in exports for step in steps):
+        kinds = " and ".join(dict.fromkeys(f'kind = "{stage.kind}"' for stage in exports))
+        raise RecipeError(
+            f"the target exports with {kinds}, which packs nothing that this recipe makes ({', '.join(s.title for s in made)})",
+            hint='kind = "server" packs AWQ and ONNX folders; the other kinds pack GGUF files',
+        )
 
 
 def _only(steps: list[Step], upto: str) -> list[Step]:

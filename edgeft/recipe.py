@@ -124,6 +124,13 @@ def _out_of_place(
         if all(when is not None and not when(given) for when in conditions):
             words = " or ".join(dict.fromkeys(str(when) for when in conditions))
             problems.append(f"[{name}]: this recipe has no such step; it would with {words}")
+    for stage, _ in rows:
+        conditions = [s.when for s in stages if s is stage or s.table == stage.id]
+        if stage.listed and all(when is not None and not when(given) for when in conditions):
+            words = " or ".join(dict.fromkeys(str(when) for when in conditions))
+            problems.append(
+                f"{stage.name} with kind = {stage.kind!r}: this recipe has no such step; it would with {words}"
+            )
     for stage, params in rows:
         if (wanted := params.wants_table()) and wanted not in document:
             problems.append(f"{stage.name}: as it is set up it needs a [[{wanted}]] table, and there is none")

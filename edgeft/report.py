@@ -75,7 +75,7 @@ def certify(
     from edgeft.staging import predicted, target
 
     made = {r.step.key: r.artifact for r in report.results if r.artifact}
-    by_variant = {r.step.variant: _behind(r.step, made) for r in built(report, "verify")}
+    by_variant = {r.step.variant: _behind(r.step, made) for r in built(report, *collected.VERIFIED)}
     if not by_variant:
         return None
     others = {r.step.stage.id: r.artifact.facts for r in report.results if r.artifact}
@@ -86,12 +86,9 @@ def certify(
         return known
     files = []
     for variant, steps in by_variant.items():
-        label = steps["quantize/gguf"].facts["type"]
-        memory = (
-            predicted(steps["quantize/gguf"].path / "model.gguf", label, device, serve)[0]["total"]
-            if device
-            else None
-        )
+        memory = None
+        if device and (gguf := steps.get("quantize/gguf")):
+            memory = predicted(gguf.path / "model.gguf", gguf.facts["type"], device, serve)[0]["total"]
         gate = next(
             r.step.params for r in report.results if r.step.stage.name == "gate" and r.step.variant == variant
         )
@@ -217,9 +214,17 @@ def _training(steps: list[dict[str, Any]]) -> list[str]:
 def _files(steps: list[dict[str, Any]]) -> list[str]:
     found = {stage: {s["variant"]: s["facts"] for s in steps if s["stage"] == stage and s["facts"]} for stage in (
         "quantize/gguf", "tune", "pack", "start", "verify")}  # fmt: skip
-    final = found["tune"] or found["pack"] or found["quantize/gguf"]
-    gates = {s["variant"]: s for s in steps if s["stage"] == "gate"}
-    if not any(found.values()):
+    served = {
+        s["variant"]: s["facts"]
+        for s in steps
+        if s["facts"].get("format") and s["stage"].startswith("quantize/")
+    }
+    found["verify"] |= {
+        s["variant"]: s["facts"] for s in steps if s["stage"] == "verify/served" and s["facts"]
+    }
+    final = (found["tune"] or found["pack"] or found["quantize/gguf"]) | served
+    gates = {s["variant"]: s for s in steps if s["stage"] in ("gate", "gate/served")}
+    if not any(found.values()) and not served:
         return []
     lines = [
         "## Files against the trained model", "",
@@ -235,7 +240,13 @@ def _files(steps: list[dict[str, Any]]) -> list[str]:
         gate = gates.get(variant, {"state": "not tried", "error": None})
         verdict = {"made": "PASS", "stored": "PASS"}.get(gate["state"], _verdict(gate["error"]))
         lines.append(_row([variant, *_inside(facts), *_numbers(found["verify"].get(variant)), verdict]))
-    return [*lines, "", *_tuned(found["verify"])]
+    return [*lines, "", *_runtimes(found["verify"]), *_tuned(found["verify"])]
+
+
+def _runtimes(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Who scored what llama.cpp did not."""
+    said = [f"{variant} by {f['runtime']}" for variant, f in measured.items() if "runtime" in f]
+    return [f"Scored by what serves it: {'; '.join(said)}; the others by llama.cpp.", ""] if said else []
 
 
 def _row(cells: list[str]) -> str:
@@ -280,7 +291,7 @@ def _verdict(error: str | None) -> str:
 
 
 def _answers(steps: list[dict[str, Any]]) -> list[str]:
-    measured = [s for s in steps if s["stage"] == "verify" and s["facts"].get("answers")]
+    measured = [s for s in steps if s["stage"] in ("verify", "verify/served") and s["facts"].get("answers")]
     if not measured:
         return []
     shown = measured[0]
@@ -297,6 +308,6 @@ def _cell(text: object) -> str:
     return " ".join(str(text).replace("|", "\\|").split())
 
 
-def built(report: Report, stage: str) -> Iterable[Result]:
-    """The steps of a stage that have a result."""
-    return (r for r in report.results if r.step.stage.id == stage and r.artifact)
+def built(report: Report, *stages: str) -> Iterable[Result]:
+    """The steps of some stages that have a result."""
+    return (r for r in report.results if r.step.stage.id in stages and r.artifact)

@@ -151,6 +151,8 @@ class Stage(Generic[P]):
     """Runs once for each `[[name]]` table that the recipe writes, and not at all without one."""
     table: str = ""
     """Has no table of its own: takes its parameters from the tables of that other stage (name, or name/kind)."""
+    ignores: tuple[str, ...] = ()
+    """Parameters of a table shared with another stage that mean nothing to this one: not in its key."""
     when: Where | None = None
     """Recipes that have this stage at all; None: all of them."""
     check: Callable[[Step, Mapping[str, Artifact]], None] | None = None
@@ -191,7 +193,7 @@ class Step:
             "stage": self.stage.id,
             "variant": self.variant,
             "version": self.stage.version,
-            "params": self.params.model_dump(mode="json"),
+            "params": self.params.model_dump(mode="json", exclude=set(self.stage.ignores)),
             "tools": {t.name: t.pin for t in self.stage.tools if t.pin},
             "inputs": {name: step.key for name, step in self.inputs.items()},
         }

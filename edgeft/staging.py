@@ -97,7 +97,7 @@ def collect(inputs: Mapping[str, Artifact]) -> Tree:
     found: dict[str, bundle.Content] = {
         "settings.json": settings.as_json(),
         "run.sh": bundle.run_script(settings, llama_cpp=pin["commit"], adapter=bool(adapter)),
-        **_certificate(inputs["gate"], device, need["total"]),
+        **certificate_for(inputs["gate"], device, need["total"]),
         "NOTICE.txt": papers.notice(base.facts, data.facts),
         **papers.data_card(data.path),
         **papers.notices(base.path, "notices/base"),
@@ -106,9 +106,9 @@ def collect(inputs: Mapping[str, Artifact]) -> Tree:
     about = {
         "format": 1, "name": settings.name, "target": device, "type": label,
         "predicted": {"memory_mb": need, "answering": rate},
-        "made_with": {"edgeft": edgeft.__version__, "llama.cpp": pin, **_versions(inputs["quantize/gguf"].path)},
-        "sources": {name: {"key": a.key, **_stable(a.facts)} for name, a in sorted(inputs.items())},
-        "data_files": _data_files(data.path),
+        "made_with": {"edgeft": edgeft.__version__, "llama.cpp": pin, **versions_of(inputs["quantize/gguf"].path)},
+        "sources": {name: {"key": a.key, **stable(a.facts)} for name, a in sorted(inputs.items())},
+        "data_files": data_files(data.path),
     }  # fmt: skip
     return Tree(
         settings=settings, device=device, type=label, model=gguf, adapter=adapter, stop=_stop(header.keys), papers=found,
@@ -187,7 +187,7 @@ def predicted(gguf: Path, label: str, device: Facts, serve: Facts) -> tuple[dict
     """Memory in MB, by part and in total, and the decoding speed in words, of a file on a device, with the adapter that
     lies beside it."""
     shape = from_gguf(gguf)
-    board = _board(device)
+    board = board_of(device)
     known = {key: serve[key] for key in Serving.__dataclass_fields__ if key in serve}
     serving = Serving(**known, checkpoints=CHECKPOINTS)
     beside = adapter_beside(gguf)
@@ -201,11 +201,12 @@ def predicted(gguf: Path, label: str, device: Facts, serve: Facts) -> tuple[dict
 
 def target(device: Facts) -> Facts:
     """What the certificate says of a device: its name, its kind, and what it leaves for a model, in MB."""
-    board = _board(device)
+    board = board_of(device)
     return {"name": board.name, "arch": device["arch"], "memory_mb": board.available_mb}
 
 
-def _board(device: Facts) -> Board:
+def board_of(device: Facts) -> Board:
+    """A device's facts, as the fit package takes them."""
     return Board(**{key: device[key] for key in Board.__dataclass_fields__})
 
 
@@ -218,7 +219,7 @@ def _known(step: Step, artifacts: Mapping[str, Artifact]) -> tuple[ModelShape, s
     return shape, quantize.params.type, serve.params.serving(), device.params.board()
 
 
-def _certificate(gate: Artifact, device: Facts, memory_mb: float) -> dict[str, bundle.Content]:
+def certificate_for(gate: Artifact, device: Facts, memory_mb: float) -> dict[str, bundle.Content]:
     """The gate's certificate for this target, as page and as data."""
     from edgeft.parity import certificate, collected, page
 
@@ -256,7 +257,7 @@ def _llama_cpp() -> dict[str, str]:
     }
 
 
-def _versions(folder: Path) -> dict[str, str]:
+def versions_of(folder: Path) -> dict[str, str]:
     """The versions that the store wrote down when the model was quantized, if it did."""
     try:
         versions = json.loads((folder / "edgeft.json").read_text(encoding="utf-8"))["versions"]
@@ -265,7 +266,7 @@ def _versions(folder: Path) -> dict[str, str]:
     return dict(versions)
 
 
-def _data_files(folder: Path) -> list[dict[str, str]]:
+def data_files(folder: Path) -> list[dict[str, str]]:
     """Name, sha256 and licence of every source, as the data card has them; empty without a card."""
     try:
         sources = json.loads((folder / "card.json").read_text(encoding="utf-8"))["sources"]
@@ -276,7 +277,7 @@ def _data_files(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def _stable(facts: Facts) -> Facts:
+def stable(facts: Facts) -> Facts:
     """Facts without what differs between two builds of the same thing: times and places."""
     return {
         key: value

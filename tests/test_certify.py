@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgeft.errors import DataError, ParityError
+from edgeft.errors import DataError, ParityError, SetupError
 from tests.conftest import PYTHONPATH, ROOT, ensure
 from tests.llamacpp.test_imatrix import quantize_f16
 from tests.parity_checks import faults
@@ -217,6 +217,32 @@ def test_a_boards_log_needs_a_noise_floor_and_is_read_before_the_models(tmp_path
         certify(asked, Limits.of("parity"), tmp_path)
     with pytest.raises(DataError, match="held against the noise floor"):
         certify(replace(asked, floor_windows=0), Limits.of("parity"), tmp_path)
+
+
+def test_a_folder_is_refused_with_what_is_missing_before_a_model_is_read(tmp_path, monkeypatch):
+    from edgeft.parity import served
+    from edgeft.parity.certify import Request, certify
+    from edgeft.parity.gates import Limits
+
+    def asked(**given):
+        return Request(**{"reference": tmp_path / "hf", "shipped": tmp_path / "awq", **given})
+
+    def says(request, words):
+        with pytest.raises(DataError, match=words):
+            certify(request, Limits.of("parity"), tmp_path)
+
+    for name, config in (("hf", {}), ("awq", {"quant_method": "gptq"})):
+        (tmp_path / name).mkdir()
+        said = {"quantization_config": config} if config else {}
+        (tmp_path / name / "config.json").write_text(json.dumps(said))
+    says(asked(), "quantized by gptq; folders are certified when they are AWQ or ONNX")
+    (tmp_path / "awq/config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    says(asked(board_logs=(tmp_path / "pi.log",)), "a board's log is of a GGUF file")
+    (tmp_path / "x.gguf").touch()
+    says(asked(reference=tmp_path / "x.gguf"), "the checkpoint that it was made from, and none is given")
+    monkeypatch.setitem(served.MISSING, "vllm", lambda: "install vLLM")
+    with pytest.raises(SetupError, match="nothing here can score AWQ"):
+        certify(asked(runtime="vllm"), Limits.of("parity"), tmp_path)
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ FLOORS = [
     {"store"},
     {"llamacpp", "corpus"},
     {"grid"},
-    {"checkpoint", "training", "fit", "bundle", "runtimes"},
+    {"checkpoint", "training", "fit", "bundle", "runtimes", "onnx", "servers", "awq"},
     {"export", "parity", "merging", "chat", "doctor", "boards", "updates"},
     {"image"},
     {"emulator"},
     {"estimates"},
     {"staging"},
+    {"serving"},
     {"stages"},
     {"recipe"},
     {"plan"},
@@ -33,9 +34,11 @@ FLOORS = [
     {"__main__"},
 ]
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "gguf", "numpy", "llama_cpp", "huggingface_hub",
-         "datasketch", "safetensors", "zstandard", "jinja2", "scipy", "matplotlib"}  # fmt: skip
-PIPELINE = {"stage", "store", "staging", "plan", "build", "recipe", "stages"}
+         "datasketch", "safetensors", "zstandard", "jinja2", "scipy", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "optimum",
+         "compressed_tensors"}  # fmt: skip
+PIPELINE = {"stage", "store", "staging", "serving", "plan", "build", "recipe", "stages"}
 DOMAIN = {
+    "awq",
     "corpus",
     "llamacpp",
     "training",
@@ -54,6 +57,8 @@ DOMAIN = {
     "updates",
     "image",
     "emulator",
+    "servers",
+    "onnx",
 }
 
 
@@ -112,7 +117,7 @@ def test_every_stage_file_is_registered_and_needs_point_backwards():
     files = {p.stem for p in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
     assert files == {s.run.__module__.rsplit(".", 1)[1] for s in STAGES}
     for i, stage in enumerate(STAGES):
-        above = {name for s in STAGES[:i] for name in (s.name, s.id)}
+        above = {name for s in STAGES[:i] for name in (s.name, s.id, *s.replaces)}
         assert set(stage.needs) <= above, stage.id
 
 

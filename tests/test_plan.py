@@ -147,8 +147,10 @@ def test_every_step_stands_after_its_inputs(planned):
 
 def test_names_in_the_stages_records_are_those_of_earlier_stages():
     for i, stage in enumerate(STAGES):
-        above = {name for s in STAGES[:i] for name in (s.name, s.id)}
-        assert {*stage.needs, *stage.takes, *stage.replaces, *stage.hides} <= above, stage.id
+        above = {name for s in STAGES[:i] for name in (s.name, s.id, *s.replaces)}
+        # A listed stage may name what it stands for itself: "quantize/served" is no stage of its own.
+        replaces = () if stage.listed else stage.replaces
+        assert {*stage.needs, *stage.takes, *replaces, *stage.hides} <= above, stage.id
         assert not stage.table or any(s.id == stage.table and s.params is stage.params for s in STAGES)
         if stage.when:
             table = next(s for s in STAGES if s.id == stage.when.table)
@@ -230,3 +232,71 @@ def test_settings_that_a_method_cannot_have_are_refused(planned, tmp_path, more,
     with pytest.raises(RecipeError) as e:
         load(tmp_path / "bad.toml")
     assert said in str(e.value)
+
+
+class Packed(Params):
+    group: int = 64
+
+    def label(self) -> str:
+        return f"other-g{self.group}"
+
+
+OTHER = Stage(
+    name="quantize", kind="other", params=Packed, run=lambda job: {}, needs=("merge",), listed=True, makes=("model/x",),
+    replaces=("quantize/served",), when=Where(table="train", key="method", values=("qlora", "lora")),
+)  # fmt: skip
+"""A format that another runtime than llama.cpp serves, as one file and one line make it."""
+
+
+def served_stages():
+    at = next(i for i, s in enumerate(STAGES) if s.id == "quantize/gguf") + 1
+    return (*STAGES[:at], OTHER, *STAGES[at:])
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    """The plan of a recipe with GGUF files and folders of another format."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+
+    def made(method: str, *groups: int, more: str = ""):
+        tables = "".join(f'[[quantize]]\nkind = "other"\ngroup = {g}\n' for g in groups)
+        (tmp_path / "r.toml").write_text(RECIPE.format(method=method) + tables + more)
+        return plan(load(tmp_path / "r.toml", stages=served_stages()), stages=served_stages())
+
+    return made
+
+
+def test_a_format_of_another_runtime_is_measured_and_judged_without_a_line_about_it(served):
+    steps = served("lora", 64, 32)
+    assert inputs(steps, "verify/served [other-g64]") == {
+        "reference": "reference", "quantize/served": "quantize/other [other-g64]", "merge": "merge", "base": "base",
+    }  # fmt: skip
+    assert inputs(steps, "gate/served [other-g32]") == {
+        "reference": "reference", "quantize/served": "quantize/other [other-g32]",
+        "verify/served": "verify/served [other-g32]", "merge": "merge",
+    }  # fmt: skip
+    assert "verify [other-g64]" not in titles(steps) and "gate [other-g64]" not in titles(steps)
+    assert [t for t in titles(steps) if t.startswith("gate [")] == ["gate [q4_0]", "gate [q8_0]"]
+
+
+def test_files_keep_their_keys_when_a_folder_stands_beside_them(served):
+    before = {s.title: s.key for s in served("qlora")}
+    after = {s.title: s.key for s in served("qlora", 64, more='[verify]\nawq = "transformers"\n')}
+    assert all(after[title] == key for title, key in before.items())
+    (was,) = {s.key for s in served("qlora", 64) if s.title == "verify/served [other-g64]"}
+    assert after["verify/served [other-g64]"] != was, "another runtime gives other numbers"
+
+
+@pytest.mark.parametrize("method", ["grid-adapter", "grid-merged"])
+def test_a_recipe_whose_training_ends_in_a_gguf_files_codes_refuses_other_formats_at_load(served, method):
+    wanted = r'quantize with kind = \'other\': this recipe has no such step; it would with train.method = "qlora" or "lora"'
+    with pytest.raises(RecipeError, match=wanted):
+        served(method, 64)
+
+
+def test_two_formats_with_one_name_would_hide_each_other_and_are_refused(served, monkeypatch):
+    twin = replace(OTHER, kind="twin")
+    monkeypatch.setattr(f"{__name__}.served_stages", lambda: (*STAGES[:14], OTHER, twin, *STAGES[14:]))
+    with pytest.raises(RecipeError, match="given twice with the same name 'other-g64'"):
+        served("lora", 64, more='[[quantize]]\nkind = "twin"\n')

@@ -160,7 +160,7 @@ def _look_at_base(steps: list[Step]) -> None:
 
 
 def _say_result(result: BuildReport, recipe: Path, page: Path) -> None:
-    for r in report.built(result, "verify"):
+    for r in report.built(result, "verify", "verify/served"):
         for a in r.artifact.facts["answers"][:1] if r.artifact else ():
             console.out.print(f"\n[bold]Q[/bold] {escape(a['question'])}", highlight=False)
             console.out.print(

@@ -21,6 +21,7 @@ from edgeft.errors import DataError, EdgeftError, ParityError, RecipeError, Setu
 from edgeft.llamacpp.base_file import cut, read_base
 from edgeft.llamacpp.threads import default_threads
 from edgeft.parity import board as judging
+from edgeft.parity.collected import VERIFIED
 from edgeft.plan import plan as make_plan
 from edgeft.plan import standing
 from edgeft.store import Store, write_atomically
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 EMULATED_WINDOWS = 2
 """Windows of each text under emulation, when not told otherwise: 512 tokens take minutes there."""
+NOT_ON_BOARDS = (
+    "this folder was scored by its own runtime in the build; boards are asked about GGUF files, in llama.cpp"
+)
 LEAST_WINDOWS = 2
 """Bounds come from windows that differ."""
 TEXTS = ("domain", "general")
@@ -73,13 +77,9 @@ def verify(recipe: Path, store_dir: Path, asked: Asked) -> None:
             measured[variant] = _measure(place, there, program, made, threads, asked)
     certificate = _record(measured, steps, store, name, str(recipe))
     _say(measured, certificate, store.root / "reports" / name)
-    _end(
-        [
-            f
-            for f, variant in zip(certificate.files, _variants(steps, store), strict=True)
-            if variant in measured
-        ]
-    )
+    for variant in _served(steps):
+        console.out.print(f"{variant}: {NOT_ON_BOARDS}", markup=False, highlight=False, soft_wrap=True)
+    _end([f for variant, f in _by_variant(steps, store, certificate).items() if variant in measured])
 
 
 def shipped(
@@ -87,13 +87,15 @@ def shipped(
 ) -> dict[str, dict[str, Artifact]]:
     """For each shipped file the finished steps behind it. Raises EdgeftError when one is not there."""
     names = list(standing("quantize/gguf", steps))
+    if variant in _served(steps):
+        raise RecipeError(f"{variant}: {NOT_ON_BOARDS}", hint=f"choose from {', '.join(names) or 'none'}")
     if variant and variant not in names:
         raise RecipeError(
             f"{recipe} makes no file {variant!r}", hint=f"choose from {', '.join(names) or 'none'}"
         )
     found = {}
     for step in steps:
-        if step.stage.name != "verify" or variant not in ("", step.variant):
+        if step.stage.id != "verify" or variant not in ("", step.variant):
             continue
         sources = {**step.inputs, "verify": step}
         made = {name: artifact for name, one in sources.items() if (artifact := store.get(one))}
@@ -104,7 +106,11 @@ def shipped(
             )
         found[step.variant] = made
     if not found:
-        raise RecipeError(f"{recipe} makes no file that could be verified", hint="[[quantize]] makes one")
+        folders = [f"{one}: {NOT_ON_BOARDS}" for one in _served(steps)]
+        raise RecipeError(
+            f"{recipe} makes no GGUF file that could be verified on a board",
+            hint=folders[0] if folders else "[[quantize]] makes one",
+        )
     return found
 
 
@@ -225,15 +231,21 @@ def _record(
     results = tuple(Result(s, a := store.get(s), None, a is not None, 0.0) for s in steps)
     found = report.certify(Report(results), store, name, recipe, served=served)
     assert found, "there are measured files, or there would be nothing to record"
-    by_variant = dict(zip(_variants(steps, store), found.files, strict=True))
+    by_variant = _by_variant(steps, store, found)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     report.add_boards(store, name, [_line(v, m, by_variant[v], when) for v, m in measured.items()])
     return found
 
 
-def _variants(steps: Sequence[Step], store: Store) -> list[str]:
-    """The certificate's files, in its order."""
-    return [s.variant for s in steps if s.stage.id == "verify" and store.get(s)]
+def _by_variant(steps: Sequence[Step], store: Store, found: Certificate) -> dict[str, File]:
+    """The certificate's files by variant, in its order."""
+    variants = [s.variant for s in steps if s.stage.id in VERIFIED and store.get(s)]
+    return dict(zip(variants, found.files, strict=True))
+
+
+def _served(steps: Sequence[Step]) -> list[str]:
+    """The variants that another runtime serves."""
+    return list(standing("quantize/served", steps))
 
 
 def _line(variant: str, m: Measured, file: File, when: str) -> dict[str, Any]:

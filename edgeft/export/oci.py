@@ -99,9 +99,9 @@ def _config(image: Image, diff_ids: Sequence[str]) -> dict[str, Any]:
     return {
         "created": created, **_platform(image.architecture),
         "config": {
-            "User": f"{NOBODY}:{NOBODY}", "Entrypoint": list(image.entrypoint), "WorkingDir": "/",
+            "User": f"{NOBODY}:{NOBODY}", **({"Entrypoint": list(image.entrypoint)} if image.entrypoint else {}), "WorkingDir": "/",
             "Env": [f"{key}={value}" for key, value in sorted(image.environment.items())],
-            "ExposedPorts": {f"{image.port}/tcp": {}}, "Labels": dict(image.labels), "StopSignal": "SIGTERM",
+            **({"ExposedPorts": {f"{image.port}/tcp": {}}} if image.port else {}), "Labels": dict(image.labels), "StopSignal": "SIGTERM",
         },
         "rootfs": {"type": "layers", "diff_ids": list(diff_ids)},
         "history": [{"created": created, "created_by": f"edgeft: {layer.said}"} for layer in image.layers],

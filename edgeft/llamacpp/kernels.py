@@ -129,6 +129,20 @@ def remembered(logits: Logits, most: int, to: Path) -> Logits:
     return asked
 
 
+def between(native: Path, logits: Logits, windows: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Mean KLD and share of equal top tokens between what `remembered` wrote of these windows and what `logits` says."""
+    scored = len(windows[0]) - 1 - first_scored(len(windows[0]))
+    found = [
+        _difference(
+            _logits(native, number, len(windows), scored),
+            logits(window),
+            window[first_scored(len(window)) + 1 :],
+        )
+        for number, window in enumerate(windows)
+    ]
+    return fmean(k for k, _ in found), fmean(t for _, t in found)
+
+
 def runs_portable(machine: str, cpuinfo: str) -> bool:
     """Whether a processor has what the portable kernels need: on x86-64 AVX and F16C, which is since 2012.
 

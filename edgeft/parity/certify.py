@@ -17,9 +17,11 @@ from edgeft import progress
 from edgeft.errors import DataError
 from edgeft.llamacpp import header, tensor_types
 from edgeft.llamacpp.score import Scores
-from edgeft.parity import board, collected, evidence, reference
-from edgeft.parity.certificate import Certificate, File, overall
+from edgeft.parity import board, collected, evidence, noise, reference, served
+from edgeft.parity.certificate import LLAMA_CPP, Certificate, File, Word, overall
+from edgeft.parity.checks import packed_kinds
 from edgeft.parity.checks.check import Check
+from edgeft.parity.checks.tensors import config
 from edgeft.parity.gates import Limits
 from edgeft.parity.opening import Opened, is_gguf, name_of, opened
 from edgeft.parity.questions import Prompt, Sample, sample
@@ -33,7 +35,7 @@ class Request:
     reference: Path
     """A checkpoint folder or a GGUF file: the model that the shipped one should be. With `adapter`, its base."""
     shipped: Path
-    """A GGUF file."""
+    """A GGUF file, or a folder that another runtime serves: AWQ, ONNX."""
     via: tuple[Path, ...] = ()
     """Models on the way, in order: a merged checkpoint, a 16-bit GGUF. Each is measured, so that a loss gets a name."""
     adapter: Path | None = None
@@ -54,6 +56,8 @@ class Request:
     questions: int = 6
     answer_tokens: int = 96
     floor_windows: int = 2
+    runtime: str = "auto"
+    """Who scores a folder, of `served.RUNTIMES`."""
     board_logs: tuple[Path, ...] = ()
     """What llama-perplexity printed on a board, scoring the shipped file against the domain.kld or general.kld of an
     earlier certificate of the same request."""
@@ -69,13 +73,7 @@ def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
     Raises DataError for models or texts that cannot be read or compared, ParityError when the calibration text is the
     test text.
     """
-    from edgeft.parity.checks import exactness
-
-    if not is_gguf(request.shipped):
-        raise DataError(
-            f"{request.shipped} is a checkpoint; a certificate is about the GGUF file that ships",
-            hint="name the checkpoint as reference, or with --via, and the .gguf file last",
-        )
+    kind = _kind(request)
     if request.board_logs and not request.floor_windows:
         raise DataError(
             "a board's log is held against the noise floor of this machine's kernels",
@@ -92,24 +90,18 @@ def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
         with opened(path, n_ctx=n_ctx) as model:
             scores = evidence.measure(model.speaker, said, folder, ("domain",))
         chain.append(("gguf" if is_gguf(path) else "merged", path.name, scores["domain"]))
-    with opened(request.shipped, n_ctx=n_ctx) as model:
-        native = folder / "native.f32" if request.floor_windows else None
-        scores = evidence.measure(
-            model.speaker, said, folder, floor=(request.floor_windows, native) if native else None
-        )
-        words = evidence.worst(said, scores, model.speaker.decoder.detokenize)  # type: ignore[attr-defined]
-        replies["shipped"] = evidence.ask(
-            model.speaker, [p.ids for p in taken.prompts], request.answer_tokens
-        )
-    chain.append(("quantized", request.shipped.name, scores["domain"]))
+    hear = _hear_folder if kind else _hear_gguf
+    heard = hear(request, kind, said, taken, folder, n_ctx)
+    replies["shipped"], scores = heard.replies, heard.scores
+    title = f"{request.shipped.name}, served by {heard.runtime}" if kind else request.shipped.name
+    chain.append(("quantized", title, scores["domain"]))
     manners = [evidence.manners(who, given) for who, given in replies.items()]
     by_model = {m.model: m for m in manners}
-    checks = [*taken.checks, *exactness.checks(request, taken.plain),
-              *evidence.behaviour(by_model["trained"], by_model["shipped"])]  # fmt: skip
-    file = _file(request, said, chain, scores, checks, limits)
+    checks = [*taken.checks, *heard.checks, *evidence.behaviour(by_model["trained"], by_model["shipped"])]
+    file = _file(request, kind, said, chain, scores, checks, limits)
     file = replace(
-        file, worst=words, manners=manners, answers=_answers(taken.prompts, replies), notes=taken.notes,
-        floor=_floor(request, said, native=native),
+        file, worst=heard.worst, manners=manners, answers=_answers(taken.prompts, replies),
+        notes=[*heard.notes, *taken.notes], floor=heard.floor, runtime=heard.runtime,
     )  # fmt: skip
     comparisons, kept = said.compare(scores), said.retention(scores["domain"])
     file = evidence.judged(file, comparisons, kept, limits)
@@ -120,7 +112,77 @@ def certify(request: Request, limits: Limits, folder: Path) -> Certificate:
         name=name_of(request.shipped), verdict=overall([file]), command=request.command, edgeft=edgeft.__version__,
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), machine=collected.machine(),
         reference=first.title, target={}, texts=[t.facts() for t in said.texts.values()], files=[file], merges={},
-        provenance=_provenance(request),
+        provenance={**_provenance(request), **collected.scored_by([file])},
+    )  # fmt: skip
+
+
+def _kind(request: Request) -> str:
+    """The format of a folder that ships, "" for a GGUF file. Raises DataError for what cannot be certified."""
+    if not request.shipped.is_dir():
+        is_gguf(request.shipped)
+        return ""
+    kind = served.format_of(request.shipped)
+    served.insist(kind, request.runtime)
+    if request.board_logs:
+        raise DataError(
+            "a board's log is of a GGUF file, in llama.cpp; a folder is scored by its own runtime"
+        )
+    if all(is_gguf(path) for path in (request.reference, *request.via)):
+        raise DataError(
+            f"{request.shipped} is held against the checkpoint that it was made from, and none is given",
+            hint="name it as reference, or with --via",
+        )
+    return kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Heard:
+    """What the shipped thing said, by the runtime that serves it."""
+
+    scores: dict[str, Scores]
+    worst: list[Word]
+    replies: list[Reply]
+    checks: list[Check]
+    floor: dict[str, Any] | None
+    runtime: str = LLAMA_CPP
+    notes: Sequence[str] = ()
+
+
+def _hear_gguf(
+    request: Request, kind: str, said: evidence.Reference, taken: Sample, folder: Path, n_ctx: int
+) -> _Heard:
+    from edgeft.parity.checks import exactness
+
+    native = folder / "native.f32" if request.floor_windows else None
+    with opened(request.shipped, n_ctx=n_ctx) as model:
+        scores = evidence.measure(
+            model.speaker, said, folder, floor=(request.floor_windows, native) if native else None
+        )
+        spell = model.speaker.decoder.detokenize  # type: ignore[attr-defined]
+        replies = evidence.ask(model.speaker, [p.ids for p in taken.prompts], request.answer_tokens)
+    return _Heard(
+        scores=scores, worst=evidence.worst(said, scores, spell), replies=replies,
+        checks=exactness.checks(request, taken.plain), floor=_floor(request, said, native=native),
+    )  # fmt: skip
+
+
+def _hear_folder(
+    request: Request, kind: str, said: evidence.Reference, taken: Sample, folder: Path, n_ctx: int
+) -> _Heard:
+    from edgeft.parity.checks import exactness
+
+    with served.open_served(kind, request.shipped, n_ctx=n_ctx, runtime=request.runtime) as session:
+        speaker = served.Served(session)
+        checks = exactness.of_folder(request, kind, session, taken.plain)
+        native, few = folder / "native.f32", request.floor_windows
+        scores = evidence.measure(speaker, said, folder, floor=(few, native) if few else None)
+        worst, who = evidence.worst(said, scores, session.detokenize), session.said
+        replies = evidence.ask(speaker, [p.ids for p in taken.prompts], request.answer_tokens)
+    windows = said.texts["domain"].ids[:few]
+    floor = noise.floor(kind, request.shipped, windows, native, who, folder) if windows else None
+    return _Heard(
+        scores=scores, worst=worst, checks=checks, floor=floor, replies=replies, runtime=who,
+        notes=[collected.runtime_note(who, floor)],
     )  # fmt: skip
 
 
@@ -149,14 +211,15 @@ def _base(request: Request, said: evidence.Reference, n_ctx: int) -> Any:
 
 
 def _file(
-    request: Request, said: evidence.Reference, chain: Sequence[tuple[str, str, Scores]],
+    request: Request, kind: str, said: evidence.Reference, chain: Sequence[tuple[str, str, Scores]],
     scores: Mapping[str, Scores], checks: list[Check], limits: Limits,
 ) -> File:  # fmt: skip
     comparisons = said.compare(scores)
-    found = tensor_types.types_in(request.shipped)
+    found = packed_kinds.inside(kind, request.shipped) if kind else tensor_types.types_in(request.shipped)
     return File(
-        name=request.shipped.name, title=request.shipped.stem, sha256=_sha256(request.shipped),
-        bytes=found.file_bytes, bits_per_weight=found.bits_per_weight, types=dict(found.counts), memory_mb=None,
+        name=request.shipped.name, title=request.shipped.name if kind else request.shipped.stem,
+        sha256=_sha256(request.shipped), bytes=found.file_bytes, bits_per_weight=found.bits_per_weight,
+        types=dict(found.counts), memory_mb=None,
         verdict="UNDECIDED", because=[], culprit="", more_windows=None, tier="", limits=limits,
         domain=comparisons["domain"], general=comparisons.get("general"), retention=said.retention(scores["domain"]),
         findings=[], checks=checks, steps=evidence.step_costs(said, chain, trained="the reference"),
@@ -194,7 +257,11 @@ def _provenance(request: Request) -> dict[str, str]:
     }  # fmt: skip
     versions = {name: packages.version(name) for name in ("torch", "transformers", "numpy")}
     hashes = {name: f"{path.name}, sha256 {_sha256(path)}" for name, path in files.items() if path}
-    kind = header.read(request.shipped).keys.get("general.architecture")
+    if request.shipped.is_dir():
+        checkpoint = next(p for p in (request.reference, *request.via) if not is_gguf(p))
+        kind = config(checkpoint).get("model_type")
+    else:
+        kind = header.read(request.shipped).keys.get("general.architecture")
     return {"architecture": str(kind), **hashes, **collected.provenance(), **versions}
 
 

@@ -11,12 +11,16 @@ from typing import Any, Protocol
 import edgeft
 from edgeft.llamacpp.score import Scores
 from edgeft.parity import evidence
-from edgeft.parity.certificate import Answer, Certificate, File, Manners, Word, overall
+from edgeft.parity.certificate import LLAMA_CPP, Answer, Certificate, File, Manners, Word, overall
 from edgeft.parity.checks.check import Check
 from edgeft.parity.gates import Limits
 from edgeft.parity.statistics import Comparison, Retention
 
-EXPORTED = ("reference", "merge", "gguf", "quantize/gguf", "verify")
+QUANTIZED = ("quantize/gguf", "quantize/served")
+"""The step that made what ships; a build has one of the two for each variant."""
+VERIFIED = ("verify", "verify/served")
+"""The step that measured it."""
+EXPORTED = ("reference", "merge", "gguf", *QUANTIZED, *VERIFIED)
 """The steps that a file's part of the certificate is collected from. Only a merged model has `merge`."""
 
 
@@ -29,6 +33,11 @@ class Made(Protocol):
     def facts(self) -> dict[str, Any]: ...
 
 
+def one_of(names: Sequence[str], made: Mapping[str, Made]) -> Made:
+    """The step that is there, of several that never are together."""
+    return next(made[name] for name in names if name in made)
+
+
 def file(made: Mapping[str, Made], limits: Limits, *, memory_mb: float | None = None) -> File:
     """One shipped file's part, judged by `limits`. `made` holds the steps named in EXPORTED.
 
@@ -36,10 +45,12 @@ def file(made: Mapping[str, Made], limits: Limits, *, memory_mb: float | None = 
     """
     import numpy as np
 
-    shipped, verified = made["quantize/gguf"].facts, made["verify"].facts
+    shipped, verified = one_of(QUANTIZED, made).facts, one_of(VERIFIED, made).facts
     reference = evidence.Reference.of(dict(np.load(made["reference"].path / "reference.npz")))
-    scores = _scores(made["verify"])
-    chain = [*_merged(made), ("quantized", shipped["type"], scores["domain"])]
+    scores = _scores(one_of(VERIFIED, made))
+    runtime = verified.get("runtime", LLAMA_CPP)
+    title = shipped["type"] if runtime == LLAMA_CPP else f"{shipped['type']}, served by {runtime}"
+    chain = [*_merged(made), ("quantized", title, scores["domain"])]
     found = File(
         name=shipped["type"].lower(), title=shipped["type"], sha256=verified["sha256"], bytes=shipped["bytes"],
         bits_per_weight=shipped["bits_per_weight"], types=shipped["types"], memory_mb=memory_mb, verdict="UNDECIDED",
@@ -51,7 +62,7 @@ def file(made: Mapping[str, Made], limits: Limits, *, memory_mb: float | None = 
         steps=evidence.step_costs(reference, chain, trained="as trained"),
         bins=evidence.bins(reference, scores), worst=[Word(**w) for w in verified["worst"]],
         answers=[Answer(**a) for a in verified["answers"]], manners=[Manners(**m) for m in verified["manners"]],
-        floor=verified["floor"], notes=_notes(verified, reference),
+        floor=verified["floor"], notes=_notes(verified, reference), runtime=runtime,
     )  # fmt: skip
     comparisons = {"domain": found.domain} | ({"general": found.general} if found.general else {})
     return evidence.judged(found, comparisons, found.retention, limits)
@@ -70,7 +81,9 @@ def certificate(
         name=name, verdict=overall(files), made=when, edgeft=edgeft.__version__, command=command, machine=machine(),
         reference=said["title"], target={}, texts=said["texts"], files=list(files),
         merges=merges if merges["candidates"] else {},
-        provenance={**provenance(), **versions, **{f"step {title}": key for title, key in keys.items()}},
+        provenance={
+            **provenance(), **versions, **scored_by(files), **{f"step {title}": key for title, key in keys.items()},
+        },
     )  # fmt: skip
     return aimed(found, target)
 
@@ -87,6 +100,10 @@ def aimed(found: Certificate, target: dict[str, Any]) -> Certificate:
     for one in found.files:
         if one.served:
             files.append(one)
+            continue
+        if one.runtime != LLAMA_CPP:
+            note = f"scored on {here}; {target['name']} is {target['arch']}, whose kernels round otherwise. It was not run there"
+            files.append(replace(one, notes=[*one.notes, note]))
             continue
         moves = f" (KL divergence {one.floor['largest']:.1e} between two kinds here)" if one.floor else ""
         note = (
@@ -108,6 +125,11 @@ def provenance() -> dict[str, str]:
     }
 
 
+def scored_by(files: Sequence[File]) -> dict[str, str]:
+    """Who gave the numbers of each file that llama.cpp did not."""
+    return {f"runtime of {f.title}": f.runtime for f in files if f.runtime != LLAMA_CPP}
+
+
 def machine() -> str:
     """The processor that measured, without the machine's name."""
     info = Path("/proc/cpuinfo")
@@ -120,11 +142,11 @@ def _merged(made: Mapping[str, Made]) -> list[tuple[str, str, Scores]]:
     """The steps between training and quantizing, where the adapter was merged."""
     if "merge" not in made:
         return []
-    merge, gguf = made["merge"], made["gguf"]
-    return [
-        ("merged", f"merged into the {merge.facts['merge_base']} base", _scores(merge)["domain"]),
-        ("gguf", f"GGUF, {gguf.facts['type']}", _scores(gguf)["domain"]),
-    ]
+    merge = made["merge"]
+    found = [("merged", f"merged into the {merge.facts['merge_base']} base", _scores(merge)["domain"])]
+    if "gguf" in made:
+        found.append(("gguf", f"GGUF, {made['gguf'].facts['type']}", _scores(made["gguf"])["domain"]))
+    return found
 
 
 def _scores(made: Made) -> dict[str, Scores]:
@@ -133,8 +155,19 @@ def _scores(made: Made) -> dict[str, Scores]:
     return evidence.scores_of(dict(np.load(made.path / "scores.npz")))
 
 
+def runtime_note(runtime: str, floor: Mapping[str, Any] | None) -> str:
+    """What is to be known of a file that llama.cpp did not score."""
+    noise = "was not measured here" if floor is None else f"is {floor['largest']:.1e} nats per token"
+    return (
+        f"scored, and answered for, by {runtime}. The noise of its kernels {noise}; another processor, a GPU or another "
+        "version rounds otherwise"
+    )
+
+
 def _notes(verified: Mapping[str, Any], reference: evidence.Reference) -> list[str]:
     notes = []
+    if "runtime" in verified:
+        notes.append(runtime_note(verified["runtime"], verified["floor"]))
     if "adapter_sha256" in verified:
         notes.append(f"measured with the adapter beside it, sha256 {verified['adapter_sha256']}")
     for text, moved in verified.get("over_start", {}).items():

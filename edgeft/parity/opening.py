@@ -115,5 +115,6 @@ def name_of(path: Path) -> str:
 
     if path.is_file():
         return str(header.read(path).keys.get("general.name") or path.stem)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    own = path / "config.json"
+    config = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
     return str(config.get("_name_or_path") or path.name)

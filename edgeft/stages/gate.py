@@ -79,3 +79,9 @@ STAGE = Stage(
     name="gate", params=Gate, run=run, needs=("reference", "quantize/gguf", "verify"), takes=("merge", "gguf"),
     extra="train", makes=("certificate.json",), version=2,
 )  # fmt: skip
+
+SERVED = Stage(
+    name="gate", kind="served", table="gate", params=Gate, run=run,
+    needs=("reference", "quantize/served", "verify/served", "merge"), extra="train", makes=("certificate.json",),
+)  # fmt: skip
+"""The same of a folder that another runtime serves."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
 from edgeft import llamacpp
-from edgeft.corpus.rows import Row
-from edgeft.errors import ParityError
 from edgeft.stage import Facts, Job, Params, Stage, Where
 
 
@@ -21,21 +17,11 @@ class Imatrix(Params):
 def run(job: Job[Imatrix]) -> Facts:
     llamacpp.activate()
     llamacpp.ensure("library")
-    from edgeft.corpus import load_rows
     from edgeft.llamacpp import imatrix
-    from edgeft.parity.checks import calibration
+    from edgeft.parity import calibration_text
 
-    size, folder = 512, job.inputs["data"].path
-    rows = load_rows(folder / "train.jsonl")
-    ids = [i for row in rows for i in row.ids]
-    size = min(size, len(ids))
-    chunks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)][: job.params.chunks]
-    seen = _said(rows[: _rows_in(rows, len(chunks) * size)])
-    check = calibration.overlap(seen, _said(load_rows(folder / "heldout.jsonl")))
-    if check.ok is False:
-        raise ParityError(
-            check.said, hint="hold out other rows: what the quantizer is tuned on cannot also judge it"
-        )
+    chunks, check = calibration_text.training(job.inputs["data"].path, job.params.chunks)
+    size = len(chunks[0])
     imatrix.collect(
         job.inputs["gguf"].path / "model.gguf", chunks, job.out / "imatrix.gguf", dataset="train.jsonl"
     )
@@ -45,21 +31,6 @@ def run(job: Job[Imatrix]) -> Facts:
         "tokens": len(chunks) * size,
         "checks": [check.facts()],
     }
-
-
-def _said(rows: Sequence[Row]) -> list[str]:
-    """What is said in each conversation."""
-    return ["\n".join(m["content"] for m in row.messages) for row in rows]
-
-
-def _rows_in(rows: Sequence[Row], tokens: int) -> int:
-    """How many rows the first `tokens` tokens reach into."""
-    total = 0
-    for number, row in enumerate(rows):
-        if total >= tokens:
-            return number
-        total += len(row.ids)
-    return len(rows)
 
 
 STAGE = Stage(

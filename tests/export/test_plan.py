@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from edgeft import staging
@@ -30,8 +32,9 @@ type = "Q4_K_M"
 
 def steps(tmp_path, target, exports):
     text = (folder("targets") / f"{target}.toml").read_text()
-    assert text.count('[export]\nkind = "bundle"') == 1
-    (tmp_path / "board.toml").write_text(text.replace('[export]\nkind = "bundle"', exports))
+    board, found, _ = re.split(r"^(\[\[?export\])", text, maxsplit=1, flags=re.MULTILINE)
+    assert found
+    (tmp_path / "board.toml").write_text(board + exports)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "recipe.toml").write_text(RECIPE.format(sha="0" * 64))
     return plan(load(tmp_path / "recipe.toml"), load(tmp_path / "board.toml", per_target=True))

@@ -30,7 +30,7 @@ type = "Q8_0"
 def image_step(tmp_path, target):
     text = (folder("targets") / f"{target}.toml").read_text()
     if 'kind = "image"' not in text:
-        text = text.replace('[export]\nkind = "bundle"', '[[export]]\nkind = "image"')
+        text = text.replace("\n[export]", "\n[[export]]").replace('kind = "bundle"', 'kind = "image"')
     (tmp_path / "board.toml").write_text(text)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "recipe.toml").write_text(RECIPE.format(sha="0" * 64))

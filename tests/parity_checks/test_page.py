@@ -226,7 +226,7 @@ def test_a_file_that_only_the_board_changes_says_so():
     file = evidence.judged(
         replace(file, served=[worse]), {"domain": file.domain}, file.retention, file.limits
     )
-    assert file.culprit == "served" and wording.fault(file) == "Step at fault: serving on the device"
+    assert file.culprit == "served" and wording.fault(file) == "Step at fault: serving"
     assert wording.meaning(file).startswith("On the board it is not what it is on this machine")
 
 

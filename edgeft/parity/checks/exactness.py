@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from edgeft import progress
 from edgeft.llamacpp.decode import Decoder
-from edgeft.parity.checks import exact, rendering, tokens, weights
+from edgeft.parity.checks import exact, folder, packed_weights, rendering, tokens, weights
 from edgeft.parity.checks.check import Check
 from edgeft.parity.opening import is_gguf
 
 if TYPE_CHECKING:
     from edgeft.parity.certify import Request
+    from edgeft.parity.served import Session
 
 PLAIN_TYPES = {"F32", "F16", "BF16"}
 
@@ -50,6 +51,23 @@ def checks(request: Request, texts: Sequence[str]) -> list[Check]:
             else rendering.between_files(files[0], files[-1])
         ),
     ]
+
+
+def of_folder(request: Request, kind: str, session: Session, texts: Sequence[str]) -> list[Check]:
+    """Every check of a folder of the format `kind` that the request's checkpoints allow; `session` has it open."""
+    checkpoint = [p for p in (request.reference, *request.via) if not is_gguf(p)][-1]
+    merged = next((p for p in request.via if not is_gguf(p)), None)
+    found: list[Check] = []
+    if request.adapter and merged:
+        progress.report("check the merged weights")
+        found += weights.merged(request.reference, request.adapter, merged)
+    base = request.reference if request.adapter and merged else request.base
+    if merged or not request.adapter:
+        progress.report("check the packed weights")
+        base = base if base and not is_gguf(base) else None
+        found += packed_weights.checks(kind, request.shipped, checkpoint, base)
+    progress.report("check the folder and its runtime")
+    return [*found, *folder.against_checkpoint(checkpoint, request.shipped, session, texts)]
 
 
 def _conversion(checkpoint: Path, file: Path, texts: Sequence[str], *, whole: bool) -> list[Check]:

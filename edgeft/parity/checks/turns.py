@@ -112,12 +112,20 @@ def same_special_ids_as(reference: Decoder, file: Decoder, added: Mapping[int, s
 
 def same_ends(checkpoint: Path, tokenizer: Any, trained: Prompts, file: Decoder) -> Answer:
     """C-21, C-22: llama.cpp must stop generating wherever the trained model does."""
+    wanted, said = ends(checkpoint, tokenizer, trained)
+    for token, why in wanted.items():
+        if token >= file.n_vocab or not file.is_end(token):
+            text = tokenizer.convert_ids_to_tokens(token)
+            return f"llama.cpp does not stop at token {token} {text!r}, {why}", ""
+    return "", f"llama.cpp stops at {sorted(wanted)}{said}"
+
+
+def ends(checkpoint: Path, tokenizer: Any, trained: Prompts) -> tuple[dict[int, str], str]:
+    """The tokens that end an answer of the trained model, each with the reason; and what could not be found out."""
     wanted: dict[int, str] = {}
-    config = checkpoint / "generation_config.json"
-    listed = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.is_file() else None
     opening = _opening(trained)  # Phi-3 lists the token that opens an answer among those that end one
-    for token in listed if isinstance(listed, list) else [listed]:
-        if token is not None and token not in opening:
+    for token in named_ends(checkpoint):
+        if token not in opening:
             wanted[token] = "which generation_config.json names as an end"
     if tokenizer.eos_token_id is not None:
         wanted[tokenizer.eos_token_id] = "the checkpoint's end of sequence"
@@ -127,11 +135,14 @@ def same_ends(checkpoint: Path, tokenizer: Any, trained: Prompts, file: Decoder)
             wanted[template.inspect(tokenizer).end_of_turn_id] = "which the template writes after an answer"
         except EdgeftError as e:
             said = f"; {e}"
-    for token, why in wanted.items():
-        if token >= file.n_vocab or not file.is_end(token):
-            text = tokenizer.convert_ids_to_tokens(token)
-            return f"llama.cpp does not stop at token {token} {text!r}, {why}", ""
-    return "", f"llama.cpp stops at {sorted(wanted)}{said}"
+    return wanted, said
+
+
+def named_ends(folder: Path) -> list[int]:
+    """The end-of-sequence ids that a folder's generation_config.json names."""
+    config = folder / "generation_config.json"
+    listed = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") if config.is_file() else None
+    return [i for i in (listed if isinstance(listed, list) else [listed]) if i is not None]
 
 
 def difference(names: tuple[str, str], a: Sequence[int], b: Sequence[int]) -> str:

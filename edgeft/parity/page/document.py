@@ -70,7 +70,7 @@ def _file(certificate: Certificate, file: File, number: int) -> dict[str, Any]:
     prefix = f"f{number}"
     return {
         "id": prefix, "f": file, "open": file is first_bad, "meaning": wording.meaning(file), "more": wording.more(file), "fault": wording.fault(file),
-        "floor": wording.floor(file), "texts": _texts(file), "others": _others(file), "checks": _ordered(file.checks),
+        "floor": wording.floor(file), "runtime": wording.runtime(file), "texts": _texts(file), "others": _others(file), "checks": _ordered(file.checks),
         "unequal": len({s.windows for s in file.steps}) > 1,
         "waterfall": _both(plots.waterfall(file.steps, width=w, prefix=f"{prefix}w{w}") for w in WIDTHS),
         "positions": _both(
@@ -103,6 +103,8 @@ def _reach(certificate: Certificate) -> str:
     if all(f.memory_mb is None for f in certificate.files):
         return f"{name} leaves {wording.mb(float(memory))} for a model; what the files need there was not predicted."
     fit = "the file fits" if len(certificate.files) == 1 else "all files fit"
+    if unknown := [f.title for f in certificate.files if f.memory_mb is None]:
+        fit = f"the others fit; what {', '.join(unknown)} would need there was not predicted"
     sizes, known = plots.sizes(certificate)
     far = (
         ", far to the right of this plot"

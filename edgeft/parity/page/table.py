@@ -33,6 +33,11 @@ def table(certificate: Certificate) -> RenderableType:
         Text(),
         _files(c.files),
         Text("on domain text; in brackets the one-sided 95 % bound, which decides", style="dim"),
+        *(
+            Text(f"{wording.clean(f.title)}: {wording.runtime(f)}", style="dim")
+            for f in c.files
+            if wording.runtime(f)
+        ),
         *(_board(f, s) for f in c.files for s in f.served),
         *(part for f in c.files if f.verdict != "PASS" for part in _reasons(f)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeft.parity.certificate import Certificate, File, Served
+from edgeft.parity.certificate import LLAMA_CPP, Certificate, File, Served
 from edgeft.parity.checks.check import failed
 from edgeft.parity.gates import ON_BOARD, Finding
 
@@ -12,7 +12,7 @@ MARKS = {"PASS": "✓", "FAIL": "✗", "UNDECIDED": "?"}
 
 STEPS = {
     "base": "before training", "text": "text and tokens", "trained": "training", "merged": "merge",
-    "gguf": "conversion to GGUF", "quantized": "quantization", "served": "serving on the device",
+    "gguf": "conversion to GGUF", "quantized": "quantization", "served": "serving",
 }  # fmt: skip
 """What a step of the chain is called in a sentence."""
 
@@ -176,6 +176,11 @@ def floor(file: File) -> str:
         if limit > 2 * kld
         else f"That is not far from the limit of {nats(limit)}: on another processor the verdict could come out differently."
     )
+
+
+def runtime(file: File) -> str:
+    """Who gave a file's numbers and answers; "" for llama.cpp, which gives those of every GGUF file."""
+    return "" if file.runtime == LLAMA_CPP else f"scored by what serves it, {clean(file.runtime)}"
 
 
 def board(served: Served) -> str:

@@ -1,0 +1,1 @@
+"""A checkpoint as an ONNX Runtime GenAI folder: made by its model builder, checked file by file, and run by its runtime."""

@@ -1,0 +1,185 @@
+"""Runs an ONNX Runtime GenAI folder in this process: its own graph, its own tokenizer, its own chat template."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from edgeft.errors import DataError, SetupError, StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CONFIG = "genai_config.json"
+
+
+class Session:
+    """A GenAI folder opened on the CPU. A context manager; `close` frees the model.
+
+    A folder made for CUDA or DirectML is the same graph with 16-bit inputs and outputs: it is computed by the CPU's
+    kernels here, with the same packed weights, and `said` tells so. `context` is the longest sequence in tokens (0: what
+    the model was trained for). `threads` 0: as many as ONNX Runtime takes, which is
+    one for each core. Raises DataError for a folder that is none or that GenAI cannot open, SetupError without GenAI.
+    """
+
+    def __init__(self, folder: Path, *, context: int = 0, threads: int = 0) -> None:
+        self.folder, self._model, self._tokenizer = folder, None, None
+        self._og = genai()
+        config = read_config(folder)
+        self.provider = provider(config)
+        self.n_vocab = int(config["model"]["vocab_size"])
+        longest = int(config["model"]["context_length"])
+        self.context = min(context, longest) if context else longest
+        window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)
+        # A cache smaller than the window of windowed layers is refused by ONNX Runtime's attention.
+        self._least = min(longest, window)
+        ends = config["model"]["eos_token_id"]
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self._renders = has_template(folder)
+        try:
+            wanted = self._og.Config(str(folder))
+            wanted.clear_providers()
+            if threads:
+                wanted.overlay(_session_options(intra_op_num_threads=threads))
+            self._model = self._og.Model(wanted)
+            self._tokenizer = self._og.Tokenizer(self._model)
+            # The text of a prompt brings its special tokens with it, and what a model says is looked at in full.
+            self._tokenizer.update_options(add_special_tokens="false", skip_special_tokens="false")
+        except (RuntimeError, ValueError) as e:
+            self.close()
+            raise DataError(f"ONNX Runtime GenAI cannot open {folder.name}/: {e}") from e
+        made_for = "" if self.provider == "cpu" else f" (the folder is made for {self.provider})"
+        self.said = f"ONNX Runtime GenAI {self._og.__version__}, CPU{made_for}"
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(ids), n_vocab] after each token of a sequence of its own.
+
+        They are what the generator itself computes while it reads a prompt, bit for bit those of the same graph in an
+        onnxruntime.InferenceSession (tests/onnx_genai/test_session.py).
+        """
+        import numpy as np
+
+        generator = self._generator(len(ids), len(ids) + 1)
+        generator.append_tokens(np.asarray(ids, dtype=np.int32))
+        found: NDArray[np.float32] = generator.get_output("logits")[0].astype(np.float32, copy=False)
+        if found.shape != (len(ids), self.n_vocab):
+            raise StageError(
+                f"{self.said} gave logits of shape {found.shape} for {len(ids)} tokens and {self.n_vocab} words"
+            )
+        return found
+
+    def generate(self, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], bool]:
+        """The greedy continuation without the token that ended it, and whether it ended by itself.
+
+        Plain greedy: what genai_config.json says of sampling and of repetitions is set aside, as for every other
+        runtime that is compared.
+        """
+        import numpy as np
+
+        room = min(max_tokens, self.context - len(prompt))
+        generator = self._generator(len(prompt), len(prompt) + room)
+        generator.append_tokens(np.asarray(prompt, dtype=np.int32))
+        out: list[int] = []
+        while len(out) < room and not generator.is_done():
+            generator.generate_next_token()
+            out.append(int(generator.get_next_tokens()[0]))
+            if out[-1] in self.ends:
+                return out[:-1], True
+        return out, False
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids by GenAI's own tokenizer: special tokens in the text are read, none is added."""
+        assert self._tokenizer is not None
+        return [int(i) for i in self._tokenizer.encode(text)] if text else []
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens spelled out."""
+        import numpy as np
+
+        assert self._tokenizer is not None
+        return str(self._tokenizer.decode(np.asarray(ids, dtype=np.int32))) if ids else ""
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str | None:
+        """The messages by GenAI's own template engine, with the start of the answer; None without a template.
+
+        Raises DataError for what the template refuses or the engine cannot run.
+        """
+        assert self._tokenizer is not None
+        if not self._renders:
+            return None
+        given = json.dumps([dict(m) for m in messages], ensure_ascii=False)
+        try:
+            return str(self._tokenizer.apply_chat_template(given, add_generation_prompt=True))
+        except RuntimeError as e:
+            raise DataError(f"ONNX Runtime GenAI cannot apply the chat template: {e}") from e
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        self._tokenizer = self._model = None
+        gc.collect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _generator(self, tokens: int, length: int) -> Any:
+        """A generator with a cache for `length` tokens. Raises DataError for more than the model was made for."""
+        if not tokens or tokens > self.context:
+            raise DataError(f"{tokens} tokens do not go into a context of {self.context}")
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(
+            max_length=max(min(length, self.context), self._least), min_length=0, do_sample=False, num_beams=1, repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+        )  # fmt: skip
+        return self._og.Generator(self._model, params)
+
+
+def genai() -> Any:
+    """The module onnxruntime_genai, telling nobody that it is used. Raises SetupError where it is not installed."""
+    try:
+        import onnxruntime_genai
+    except ImportError as e:
+        raise SetupError(
+            f"ONNX Runtime GenAI cannot be imported: {e}", hint="pip install 'edgeft[onnx]'"
+        ) from e
+    onnxruntime_genai.disable_telemetry_events()
+    return onnxruntime_genai
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """genai_config.json of a folder. Raises DataError where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{folder} is no ONNX Runtime GenAI folder: {CONFIG}: {e}") from e
+    return found
+
+
+def provider(config: Mapping[str, Any]) -> str:
+    """The execution provider that genai_config.json asks for, in small letters: cpu, cuda, dml …"""
+    asked = config["model"]["decoder"].get("session_options", {}).get("provider_options", [])
+    return next((str(name).lower() for options in asked for name in options), "cpu")
+
+
+def has_template(folder: Path) -> bool:
+    """Whether GenAI finds a chat template in the folder: chat_template.jinja, or one in tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
+    except (OSError, ValueError):
+        return False
+
+
+def _session_options(**options: Any) -> str:
+    return json.dumps({"model": {"decoder": {"session_options": options}}})

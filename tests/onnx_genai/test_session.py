@@ -1,0 +1,140 @@
+"""The session: GenAI's own logits, answers, tokenizer and template, against ONNX Runtime and transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from edgeft.errors import DataError
+from edgeft.onnx import tokenizer
+from edgeft.onnx.session import Session
+from tests.onnx_genai.conftest import TEXT
+
+pytest.importorskip(
+    "onnxruntime_genai", reason="ONNX Runtime GenAI is not installed: pip install 'edgeft[onnx]'"
+)
+
+
+pytestmark = pytest.mark.slow
+
+IDS = [1, 40, 50, 60, 71, 82, 93, 104, 2, 200]
+CHAT = [
+    {"role": "user", "content": "What's 12 ½?"},
+    {"role": "assistant", "content": "ü 3"},
+    {"role": "user", "content": "a  b"},
+]
+NASTY = [
+    TEXT, "50% ½ ²", "Ⅳ x² a  5 b   77", "١٢٣ abc", "日本語 １２ 3", "\t 8 ", " \n5", " 5\u00a05 \u20035", "  ½  x", "a  b  \n\n c",
+    "don't  we'll", "<|im_start|>user\n½<|im_end|>", "𝟘𝟙 ㊀ ⑩ ৴", "   ", "😀2 e\u0301",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def session(built):
+    with Session(built) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def test_logits_are_those_of_the_same_graph_in_onnx_runtime(session, built):
+    import onnxruntime
+
+    runner = onnxruntime.InferenceSession(str(built / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = {"input_ids": np.array([IDS]), "attention_mask": np.ones((1, len(IDS)), np.int64)}
+    for port in runner.get_inputs():
+        if port.name not in given:
+            given[port.name] = np.zeros((1, 2, 0, 16), np.float32)
+    assert np.array_equal(session.logits(IDS), runner.run(["logits"], given)[0][0])
+    assert session.logits(IDS).shape == (len(IDS), session.n_vocab)
+
+
+def test_an_answer_is_greedy_whatever_the_folder_says_of_sampling(session):
+    ids, stopped = session.generate(IDS, 6)
+    prompt = list(IDS)
+    for token in ids:
+        assert token == int(session.logits(prompt)[-1].argmax())
+        prompt.append(token)
+    if stopped:
+        assert int(session.logits(prompt)[-1].argmax()) in session.ends
+    else:
+        assert len(ids) == 6
+
+
+def test_an_answer_ends_at_each_end_that_the_folder_lists(built, session, tmp_path):
+    first = session.generate(IDS, 1)[0][0]
+    shutil.copytree(built, tmp_path / "model")
+    said = json.loads((built / "genai_config.json").read_text())
+    said["model"]["eos_token_id"] = [383, first]
+    (tmp_path / "model" / "genai_config.json").write_text(json.dumps(said))
+    with Session(tmp_path / "model") as other:
+        assert other.generate(IDS, 6) == ([], True)
+
+
+def test_the_tokenizer_of_genai_reads_what_the_checkpoint_reads(session, trained, tiny, built):
+    from transformers import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(built)
+    for text in NASTY:
+        wanted = trained.encode(text, add_special_tokens=False)
+        assert session.tokenize(text) == wanted, text
+        assert ours.encode(text, add_special_tokens=False) == wanted, text
+        assert session.detokenize(wanted) == text
+
+
+def test_without_the_repair_it_does_not(built, tiny, trained, tmp_path):
+    shutil.copytree(built, tmp_path / "model")
+    shutil.copyfile(tiny / "tokenizer.json", tmp_path / "model" / "tokenizer.json")
+    with Session(tmp_path / "model") as other:
+        assert other.tokenize("a  5") != trained.encode("a  5", add_special_tokens=False)
+
+
+def test_only_what_genai_misreads_is_put_in_other_words():
+    digits, bytes_ = (
+        {"type": "Digits", "individual_digits": False},
+        {"type": "ByteLevel", "add_prefix_space": False},
+    )
+    both = {"type": "Sequence", "pretokenizers": [digits, bytes_]}
+    plain = tokenizer.in_plain_words(both)["pretokenizers"]
+    assert [p["type"] for p in plain] == ["Split", "Split", "ByteLevel"]
+    assert plain[0]["pattern"]["Regex"] == r"\p{N}+" and plain[2]["use_regex"] is False
+    untouched = (bytes_, None, {"type": "Sequence", "pretokenizers": [bytes_]},
+                 {"type": "Sequence", "pretokenizers": [digits, {**bytes_, "add_prefix_space": True}]})  # fmt: skip
+    for other in untouched:
+        assert tokenizer.in_plain_words(other) == other
+
+
+def test_the_template_of_genai_renders_as_transformers_does(session, trained):
+    wanted = trained.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert session.render(CHAT) == wanted
+
+
+def test_without_a_template_it_says_so(built, tmp_path):
+    shutil.copytree(built, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with Session(tmp_path / "model") as other:
+        assert other.render(CHAT) is None
+
+
+def test_more_tokens_than_the_context_are_refused(built):
+    with Session(built, context=8) as short:
+        with pytest.raises(DataError, match="10 tokens do not go into a context of 8"):
+            short.logits(IDS)
+        assert len(short.generate(IDS[:7], 5)[0]) <= 1
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, built):
+    with pytest.raises(DataError, match="is no ONNX Runtime GenAI folder"):
+        Session(tmp_path)
+    shutil.copytree(built, tmp_path / "model")
+    (tmp_path / "model" / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="cannot open model/"):
+        Session(tmp_path / "model")
