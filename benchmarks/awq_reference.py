@@ -1,10 +1,11 @@
 """edgeft's AWQ against llm-compressor's AWQModifier, on one checkpoint, one calibration text and one group size. Prints a table.
 
 python benchmarks/awq_reference.py --data DATA --merge MERGE --reference REFERENCE --llmcompressor PYTHON
-    [--chunks 16] [--group 64] [--out FOLDER] [--texts domain general]
+    [--chunks 16] [--own 16 --base BASE] [--group 64] [--out FOLDER] [--texts domain general]
     [--methods nearest awq full]
 
-DATA, MERGE and REFERENCE are results of a build: folders `data-…`, `merge-…` and `reference-…` in `.edgeft/done`. PYTHON is an
+DATA, MERGE, REFERENCE and BASE are results of a build: folders `data-…`, `merge-…`, `reference-…` and `base-…` in `.edgeft/done`. With
+--own the base writes as many windows beside the training text, for both. PYTHON is an
 interpreter in which `pip install llmcompressor` was done (0.14; it pins another transformers than edgeft's). Without it the table
 has edgeft's own rows. Both get the same token ids, window by window; both quantize the linear layers of the blocks to 4 bits with
 zero points; llm-compressor otherwise has its defaults, and computes in float32. Every folder is read by edgeft.awq.session and scored against
@@ -36,13 +37,9 @@ def main() -> None:
     import torch
 
     from edgeft import awq
-    from edgeft.corpus import load_rows
 
     torch.set_num_threads(1)
-    ids = [i for row in load_rows(args.data / "train.jsonl") for i in row.ids]
-    windows = [ids[i : i + 512] for i in range(0, len(ids) - 511, 512)][: args.chunks]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "windows.json").write_text(json.dumps(windows))
+    windows = _windows(args)
     source, seconds = args.merge / "model", {}
     for title, method in ROWS.items():
         folder = args.out / method
@@ -56,6 +53,22 @@ def main() -> None:
         _apart(args, source)
         seconds[OTHER] = time.monotonic() - begun
     _table(args, seconds)
+
+
+def _windows(args: argparse.Namespace) -> list[list[int]]:
+    """The calibration text: what lies in the folder from an earlier run, or made now."""
+    from edgeft.awq import own_text
+    from edgeft.corpus import load_rows
+
+    kept = args.out / "windows.json"
+    if not kept.is_file():
+        ids = [i for row in load_rows(args.data / "train.jsonl") for i in row.ids]
+        windows = [ids[i : i + 512] for i in range(0, len(ids) - 511, 512)][: args.chunks]
+        own = own_text.write(args.base / "model", args.own, 512) if args.own else []
+        args.out.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps([*windows, *own]))
+    found: list[list[int]] = json.loads(kept.read_text())
+    return found
 
 
 def by_llmcompressor(source: str, ids: str, out: str, group: str) -> None:
@@ -116,7 +129,9 @@ def _table(args: argparse.Namespace, seconds: dict[str, float]) -> None:
     reference = evidence.Reference.of(dict(np.load(args.reference / "reference.npz")))
     folders = {**{title: args.out / method for title, method in ROWS.items()}, OTHER: args.out / OTHER}
     scores: dict[str, Any] = {}
-    print(f"\n{args.chunks} windows of 512 training tokens, groups of {args.group}\n")
+    print(
+        f"\n{len(_windows(args))} windows of 512 tokens, {args.own} of them the base's own, groups of {args.group}\n"
+    )
     print(
         "| | text | MB | KLD | 95 % bound | PPL ratio | same top | KLD over llm-compressor's, 95 % interval | seconds |"
     )
@@ -155,6 +170,8 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required="--worker" not in sys.argv)
     parser.add_argument("--llmcompressor", default="")
     parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--own", type=int, default=0)
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--methods", nargs="+", default=list(ROWS.values()), choices=list(ROWS.values()))
     parser.add_argument("--texts", nargs="+", default=["domain", "general"])
