@@ -131,15 +131,18 @@ class Model:
         return {"text": self.render(request["messages"])}, []
 
     def logits(self, ids: list[int]) -> list[Any]:
-        """Of every position, in order. vLLM computes them in two calls: the last row, from which it samples, and then
-        those that the probabilities of the prompt are taken from."""
+        """Of every position, in order. vLLM computes the last row, from which it samples, and then those that the
+        probabilities of the prompt are taken from: without the last (its first model runner) or with it (its second, 0.25
+        on a GPU)."""
         self.rows = []
         try:
             self.run(ids, max_tokens=1, prompt_logprobs=0)
             last, *before = self.rows
         finally:
             self.rows = None
-        rows = [r.numpy() for r in (*before, last)]
+        if sum(map(len, before)) < len(ids):
+            before = [*before, last]
+        rows = [r.numpy() for r in before]
         if sum(len(r) for r in rows) != len(ids):
             raise RuntimeError(
                 f"vLLM computed logits of {[len(r) for r in rows]} positions for a prompt of {len(ids)}"

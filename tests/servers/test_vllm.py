@@ -28,7 +28,9 @@ def there(environment, monkeypatch):
     return environment
 
 
-def test_the_logits_of_every_position_come_in_order(there, tmp_path):
+@pytest.mark.parametrize("runner", ["first", "second"])
+def test_the_logits_of_every_position_come_in_order_from_either_model_runner(there, tmp_path, runner):
+    (tmp_path / runner).touch()
     with open_vllm(tmp_path, context=8) as session:
         assert session.said == "vLLM 9.9, CPU, float16" and session.n_vocab == standin.VOCABULARY
         rows = session.logits([3, 1, 2])
