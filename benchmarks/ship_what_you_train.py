@@ -161,8 +161,8 @@ def main() -> None:
             )
     ggml = args.ggml or _pinned()
     plan = json.loads(args.plan.read_text()) if args.plan else comparison(args)
-    for claim in (folder / "done").glob("*.claim"):
-        claim.unlink()  # of a run that was cut off
+    for mark in [*(folder / "done").glob("*.claim"), *(folder / "done").glob("*.failed")]:
+        mark.unlink()  # of a run that was cut off
     plan = [arm for arm in plan if not (folder / "done" / f"{arm['name'].replace(' ', '_')}.npz").exists()]
     deadline, gpus = time.time() + 60 * args.minutes, max(1, torch.cuda.device_count())
     spawn = multiprocessing.get_context("spawn")

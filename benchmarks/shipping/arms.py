@@ -33,6 +33,7 @@ class Worker:
         """Every arm is taken by the first worker that creates its claim."""
         left = plan[:]
         while left and time.time() < self.deadline:
+            left = [a for a in left if not self._hopeless(a)]
             ready = next(
                 (a for a in left if not a.get("start") or (self.done / f"{a['start']}.pt").exists()), None
             )
@@ -47,7 +48,14 @@ class Worker:
             try:
                 getattr(self, ready["way"])(ready)
             except Exception:  # noqa: BLE001  one arm that fails must not end the others
+                (self.done / f"{ready['name']}.failed").touch()
                 print(f"FAILED {ready['name']}\n{traceback.format_exc()}", flush=True)
+
+    def _hopeless(self, arm: dict[str, Any]) -> bool:
+        """Its starting point is not there, and the arm that makes it failed; the importance matrix is the base's."""
+        start = arm.get("start", "")
+        maker = "base" if start == "imatrix" else start
+        return (self.done / f"{maker}.failed").exists() and not (self.done / f"{start}.pt").exists()
 
     def base(self, arm: dict[str, Any]) -> None:
         """The base itself, and quantized."""
@@ -90,7 +98,9 @@ class Worker:
         parameters = [
             p for layer in net.layers.values() for p in layer.fresh_adapter(arm.get("rank", 16), rng)
         ]
-        self.score(arm, arm["name"], seconds=self.train(arm, [(parameters, arm["lr"])]))
+        seconds = self.train(arm, [(parameters, arm["lr"])])
+        self._await_reference(arm["seed"])
+        self.score(arm, arm["name"], seconds=seconds)
 
     def merged(self, arm: dict[str, Any]) -> None:
         """Mode C: mode A's file of the starting point, trained on through its rounding."""
@@ -104,11 +114,14 @@ class Worker:
             parameters += layer.fresh_adapter(arm.get("rank", 64), rng)
             scales += layer.through(packed[name], kinds[name], learn=arm.get("learn", True))
         seconds = self.train(arm, [(parameters, arm["lr"]), (scales, arm.get("scale_lr", arm["lr"]))])
+        self._await_reference(arm["seed"])
         self.score(arm, arm["name"], seconds=seconds)
 
     def train(self, arm: dict[str, Any], groups: list[tuple[list[torch.Tensor], float]]) -> float:
         """AdamW, warm-up over 20 steps and a cosine to zero. Returns seconds."""
-        device, data, skip = self.net.device, self.tokens["train"][arm["seed"]], arm.get("skip", 0)
+        device, skip = self.net.device, arm.get("skip", 0)
+        # On the device: from the host, every copy of a batch waits for the step before.
+        data = self.tokens["train"][arm["seed"]].to(device)
         groups = [(parameters, rate) for parameters, rate in groups if parameters]
         every = [p.requires_grad_(True) for parameters, _ in groups for p in parameters]
         rates = [torch.tensor(0.0, device=device) for _ in groups]
@@ -116,7 +129,7 @@ class Worker:
             [{"params": p, "lr": r} for (p, _), r in zip(groups, rates, strict=True)],
             weight_decay=0.0, capturable=device == "cuda", foreach=device == "cuda",
         )  # fmt: skip
-        batch = data[:BATCH].to(device)
+        batch = data[:BATCH].clone()
 
         def step() -> None:
             with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
@@ -168,6 +181,14 @@ class Worker:
             for value in state.values():
                 value.zero_()
         return graph
+
+    def _await_reference(self, seed: int) -> None:
+        """Until the 16-bit LoRA of this seed has said its probabilities, when a worker is at it: two minutes at most."""
+        until, about = time.time() + 120, f"lora-{seed}"
+        while (self.done / f"{about}.claim").exists() and time.time() < until:
+            if any((self.done / name).exists() for name in (f"said-{seed}.pt", f"{about}.failed")):
+                return
+            time.sleep(0.5)
 
     def score(self, arm: dict[str, Any], name: str, *, seconds: float = 0.0, keep: bool = False) -> None:
         """Held-out and general losses of the weights in use, into a file of their own."""

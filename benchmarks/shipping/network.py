@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ class Network:
             assert written == out.size, (name, written, out.size)
             return torch.from_numpy(out).to(self.device)
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(max(4, (os.cpu_count() or 4) // 4)) as pool:
             return dict(zip(self.layers, pool.map(one, self.layers), strict=True))
 
     def dequantized(self, packed: dict[str, torch.Tensor], label: str) -> dict[str, torch.Tensor]:
