@@ -1,6 +1,6 @@
 """Size and quality of ONNX settings on a finished build: docs/onnx.md's table.
 
-    python benchmarks/onnx_settings.py STORE/done MERGE REFERENCE IMATRIX DATA [NAME ...]
+    python benchmarks/onnx_settings.py STORE/done MERGE REFERENCE IMATRIX DATA BASE [NAME ...]
 
 MERGE and so on are folder names of one recipe's results below STORE/done. Each setting is built, scored with GenAI against
 the recipe's reference on its own windows, and printed; `builder ...` are what GenAI's model builder makes by itself.
@@ -73,14 +73,14 @@ def by_builder(checkpoint: Path, out: Path, options: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("done", "merge", "reference", "imatrix", "data"):
+    for name in ("done", "merge", "reference", "imatrix", "data", "base"):
         parser.add_argument(name)
     parser.add_argument("names", nargs="*", default=[*OURS, *BUILDER])
     args = parser.parse_args()
     llamacpp.activate()
     done = Path(args.done)
     inputs = {
-        name: Artifact(None, "", done / getattr(args, name), {}) for name in ("merge", "imatrix", "data")
+        name: Artifact(None, "", done / getattr(args, name), {}) for name in ("merge", "imatrix", "data", "base")
     }  # fmt: skip
     reference, _ = record.read(done / args.reference)
     for name in args.names:

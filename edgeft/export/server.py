@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 
+from edgeft.onnx.session import CUDA_LIBRARIES
 from edgeft.servers.launch import Launch, sglang_arguments, vllm_arguments
 
 VLLM, SGLANG = "0.32.0", "0.5.23"
@@ -124,7 +125,7 @@ def compose(launch: Launch, image: str = "") -> bytes:
 
 
 def answer_program() -> bytes:
-    """answer.py: one answer from an ONNX folder. Needs onnxruntime-genai alone."""
+    """answer.py: one answer from an ONNX folder. Needs ONNX Runtime GenAI alone, and no edgeft."""
     return _ANSWER.encode()
 
 
@@ -171,11 +172,14 @@ def readme_genai(
     package = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}.get(
         provider, "onnxruntime-genai"
     )
+    needs = f"{package}=={GENAI}" + (f" {CUDA_LIBRARIES}" if provider == "cuda" else "")
+    alone = "  in an environment without onnxruntime and onnxruntime-genai, and with an NVIDIA driver of 580 or newer"
     lines = [
         f"{name}: a fine-tuned language model ({label}) for {board}",
         "",
         "START",
-        f"  pip install {package}=={GENAI}",
+        f"  pip install {needs}",
+        *((alone,) if provider == "cuda" else ()),
         "  python answer.py 'your question'",
         "",
         "ONNX Runtime GenAI is a library, not a server: it has no HTTP API of its own. answer.py shows what a program has to do.",
@@ -199,8 +203,9 @@ _PAPERS = (
     "  NOTICE.txt        base, data, licences                       data-card.*     what it was trained on",
 )
 
-_ANSWER = '''"""One answer of the model in model/. Needs onnxruntime-genai and nothing else: python answer.py "a question"."""
+_ANSWER = '''"""One answer of the model in model/: python answer.py "a question". README.txt says what to install for it."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -211,6 +216,11 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
+    if og.is_cuda_available():  # GenAI itself looks for CUDA's libraries only where the system's linker does
+        import onnxruntime
+
+        with contextlib.redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls(msvc=False)  # from NVIDIA's Python packages; it prints what it did not find
     settings = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
     model = og.Model(str(HERE / "model"))
     tokenizer = og.Tokenizer(model)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from edgeft.errors import DataError, SetupError, StageError
 
@@ -16,18 +19,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIG = "genai_config.json"
+CUDA_LIBRARIES = "'onnxruntime-gpu[cuda]' 'nvidia-cublas~=13.0'"
+"""For pip, beside onnxruntime-genai-cuda, which brings none of CUDA's libraries. The extra of onnxruntime-gpu 1.31 leaves out
+cuBLAS, which its provider is linked with."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+log = logging.getLogger(__name__)
 
 
 class Session:
-    """A GenAI folder opened on the CPU. A context manager; `close` frees the model.
+    """A GenAI folder, open. A context manager; `close` frees the model.
 
-    A folder made for CUDA or DirectML is the same graph with 16-bit inputs and outputs: it is computed by the CPU's
-    kernels here, with the same packed weights, and `said` tells so. `context` is the longest sequence in tokens (0: what
-    the model was trained for). `threads` 0: as many as ONNX Runtime takes, which is
-    one for each core. Raises DataError for a folder that is none or that GenAI cannot open, SetupError without GenAI.
+    `device` "auto" computes a folder made for CUDA with CUDA where GenAI can, and everything else on the CPU; "cpu" and "cuda"
+    insist, whatever the folder was made for. `said` tells which it is. On the CPU a folder made for CUDA or DirectML is the
+    same graph with the same packed weights and 16-bit inputs and outputs.
+
+    `context` is the longest sequence in tokens (0: what the model was trained for). `threads` 0: as many as ONNX Runtime
+    takes, which is one for each core. Raises DataError for a folder that is none or that GenAI cannot open, SetupError
+    without GenAI or, where it is insisted on, without CUDA.
     """
 
-    def __init__(self, folder: Path, *, context: int = 0, threads: int = 0) -> None:
+    def __init__(self, folder: Path, *, context: int = 0, threads: int = 0, device: Device = "auto") -> None:
         self.folder, self._model, self._tokenizer = folder, None, None
         self._og = genai()
         config = read_config(folder)
@@ -42,19 +55,18 @@ class Session:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self._renders = has_template(folder)
         try:
-            wanted = self._og.Config(str(folder))
-            wanted.clear_providers()
-            if threads:
-                wanted.overlay(_session_options(intra_op_num_threads=threads))
-            self._model = self._og.Model(wanted)
+            self._model = self._with_cuda(threads, device)
+            if self._model is None:
+                self._model = self._open(threads)
             self._tokenizer = self._og.Tokenizer(self._model)
             # The text of a prompt brings its special tokens with it, and what a model says is looked at in full.
             self._tokenizer.update_options(add_special_tokens="false", skip_special_tokens="false")
         except (RuntimeError, ValueError) as e:
             self.close()
             raise DataError(f"ONNX Runtime GenAI cannot open {folder.name}/: {e}") from e
-        made_for = "" if self.provider == "cpu" else f" (the folder is made for {self.provider})"
-        self.said = f"ONNX Runtime GenAI {self._og.__version__}, CPU{made_for}"
+        where = str(self._model.device_type)
+        made_for = "" if where.lower() == self.provider else f" (the folder is made for {self.provider})"
+        self.said = f"ONNX Runtime GenAI {self._og.__version__}, {where}{made_for}"
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(ids), n_vocab] after each token of a sequence of its own.
@@ -131,6 +143,42 @@ class Session:
     ) -> None:
         self.close()
 
+    def _with_cuda(self, threads: int, device: Device) -> Any:
+        """The model on the GPU; None where the CPU is to compute it. Raises SetupError where CUDA is insisted on and fails."""
+        if device == "cpu" or (device == "auto" and self.provider != "cuda"):
+            return None
+        if not self._og.is_cuda_available():
+            if device == "auto":
+                return None
+            raise SetupError(
+                "the installed ONNX Runtime GenAI has no CUDA",
+                hint="first pip uninstall onnxruntime-genai onnxruntime, which have files of the same names; then "
+                f"pip install onnxruntime-genai-cuda {CUDA_LIBRARIES}",
+            )
+        _load_cuda()
+        try:
+            return self._open(threads, cuda=True)
+        except RuntimeError as e:
+            why = str(e).strip().partition("\n")[0]
+            if device == "auto":
+                log.warning("%s/ is made for CUDA and is computed by the CPU: %s", self.folder.name, why)
+                return None
+            raise SetupError(
+                f"ONNX Runtime GenAI cannot compute {self.folder.name}/ with CUDA: {why}",
+                hint=f"`edgeft doctor` shows the driver; pip install {CUDA_LIBRARIES} brings CUDA's libraries",
+            ) from e
+
+    def _open(self, threads: int, *, cuda: bool = False) -> Any:
+        """The model, on the CPU or with `cuda`. What the folder says of CUDA's options holds; any other provider is left out."""
+        wanted = self._og.Config(str(self.folder))
+        if not (cuda and self.provider == "cuda"):
+            wanted.clear_providers()
+        if cuda:
+            wanted.append_provider("cuda")
+        if threads:
+            wanted.overlay(_session_options(intra_op_num_threads=threads))
+        return self._og.Model(wanted)
+
     def _generator(self, tokens: int, length: int) -> Any:
         """A generator with a cache for `length` tokens. Raises DataError for more than the model was made for."""
         if not tokens or tokens > self.context:
@@ -153,6 +201,17 @@ def genai() -> Any:
         ) from e
     onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
+
+
+def _load_cuda() -> None:
+    """Load CUDA's libraries from NVIDIA's Python packages: GenAI itself looks only where the system's linker does.
+
+    What is missing shows when the model is opened.
+    """
+    import onnxruntime
+
+    with redirect_stdout(io.StringIO()):  # it prints what it did not find
+        onnxruntime.preload_dlls(msvc=False)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How far two right computations of one folder differ: the noise floor of what another runtime than llama.cpp serves.
 
 AWQ: vLLM's kernels against the same weights unpacked and multiplied by torch. ONNX: the graph's 4-bit products with their
-inputs rounded to 8 bits, as they are on most CPUs, against the same in float32, as `accuracy_level` 1 has it: a GPU is
-nearer to that. Both are the folder's own numbers, computed by other kernels.
+inputs rounded to 8 bits, as they are on most CPUs, against the same in float32, as `accuracy_level` 1 has it. ONNX that CUDA
+computed: against the same folder on the CPU. All are the folder's own numbers, computed by other kernels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ def _another(
     kind: str, folder: Path, said: str, scratch: Path, n_ctx: int
 ) -> Iterator[tuple[Session | None, str]]:
     """Another computation of the folder, and what the two are."""
-    if kind == "onnx":
+    if kind == "onnx" and ", CUDA" in said:
+        from edgeft.onnx.session import Session as Onnx
+
+        # accuracy_level is the CPU's: two ways that CUDA computes alike would measure nothing.
+        with Onnx(folder, device="cpu") as session:
+            yield session, "CUDA / CPU"
+    elif kind == "onnx":
         copy = scratch / "accuracy"
         try:
             what = _with_other_accuracy(folder, copy)

@@ -34,10 +34,13 @@ class _Genai:
 
     @property
     def pin(self) -> str:
-        try:
-            return metadata.version(self.name)
-        except metadata.PackageNotFoundError:
-            return ""
+        """Of the package for whichever provider is installed: all have the same builder."""
+        for name in (self.name, f"{self.name}-cuda", f"{self.name}-directml"):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return ""
 
     def find(self) -> str:
         """Its version. Raises SetupError where it is not installed."""

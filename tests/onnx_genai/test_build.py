@@ -98,7 +98,7 @@ def test_a_folder_for_a_gpu_is_computed_here_by_the_cpu_from_the_same_weights(pr
     model, _ = dequantized(tmp_path / "model", tiny)
     with torch.no_grad():
         wanted = model(torch.tensor([IDS])).logits[0].numpy()
-    with Session(tmp_path / "model") as session:
+    with Session(tmp_path / "model", device="cpu") as session:
         assert session.said.endswith(f"CPU (the folder is made for {provider})")
         got = session.logits(IDS)
     assert got.dtype == np.float32

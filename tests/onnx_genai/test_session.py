@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from edgeft.errors import DataError
+from edgeft.errors import DataError, SetupError
 from edgeft.onnx import tokenizer
 from edgeft.onnx.session import Session
 from tests.onnx_genai.conftest import TEXT
@@ -138,3 +138,68 @@ def test_a_folder_that_is_none_is_refused(tmp_path, built):
     (tmp_path / "model" / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot open model/"):
         Session(tmp_path / "model")
+
+
+@pytest.fixture
+def for_cuda(built, tmp_path):
+    """The folder, saying that it is made for CUDA."""
+    shutil.copytree(built, tmp_path / "cuda")
+    said = json.loads((built / "genai_config.json").read_text())
+    said["model"]["decoder"].setdefault("session_options", {})["provider_options"] = [{"cuda": {}}]
+    (tmp_path / "cuda" / "genai_config.json").write_text(json.dumps(said))
+    return tmp_path / "cuda"
+
+
+@pytest.fixture
+def cannot_compute(monkeypatch):
+    """A GenAI with CUDA on a machine that cannot use it."""
+    import onnxruntime_genai
+
+    if onnxruntime_genai.is_cuda_available():
+        pytest.skip("ONNX Runtime GenAI has CUDA here")
+    monkeypatch.setattr(onnxruntime_genai, "is_cuda_available", lambda: True)
+
+
+def test_a_folder_for_cuda_is_computed_by_the_cpu_where_there_is_no_cuda(
+    for_cuda, cannot_compute, session, caplog
+):
+    with Session(for_cuda) as fallen:
+        assert fallen.said.endswith(", CPU (the folder is made for cuda)")
+        assert np.array_equal(fallen.logits(IDS), session.logits(IDS))
+    assert "cuda/ is made for CUDA and is computed by the CPU: Cuda interface not available" in caplog.text
+    caplog.clear()
+    with Session(for_cuda, device="cpu") as wanted:
+        assert wanted.said.endswith(", CPU (the folder is made for cuda)")
+    assert not caplog.text
+
+
+def test_who_insists_on_cuda_is_told_why_there_is_none(built, cannot_compute, monkeypatch):
+    with pytest.raises(SetupError, match="cannot compute model/ with CUDA: Cuda interface not available"):
+        Session(built, device="cuda")
+    monkeypatch.undo()
+    with pytest.raises(SetupError, match="ONNX Runtime GenAI has no CUDA"):
+        Session(built, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "said", "ways"),
+    [("built", "CPU", "inputs of products in floats / in 8 bits"), ("for_cuda", "CUDA", "CUDA / CPU")],
+)
+def test_kernel_noise_is_another_accuracy_on_the_cpu_and_the_cpu_beside_cuda(
+    fixture, said, ways, request, tmp_path
+):
+    from edgeft.llamacpp import kernels
+    from edgeft.parity import noise, served
+
+    folder, scratch, window = request.getfixturevalue(fixture), tmp_path / "scratch", [1, *range(40, 71)]
+    scratch.mkdir()
+    with Session(folder, device="cpu") as session:
+        kernels.remembered(served.Served(session).logits, 1, scratch / "native.f32")(window)
+        told = session.said
+    found = noise.floor(
+        "onnx", folder, [window], scratch / "native.f32", f"ONNX Runtime GenAI, {said}", scratch
+    )
+    (pair,) = found["pairs"]
+    assert pair["what"] == ways and pair["kernels"] == told
+    assert (pair["kld"] < 1e-9) == (said == "CUDA")  # both are the CPU here
+    assert not list(scratch.iterdir())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from edgeft.errors import ParityError, RecipeError
+from edgeft.errors import ParityError, RecipeError, SetupError
 from edgeft.stage import Artifact, Job
 from edgeft.stages import quantize_onnx
 from edgeft.stages.quantize_onnx import QuantizeOnnx
@@ -138,3 +138,25 @@ def test_widths_that_no_block_divides_are_refused_for_awq_alone(tmp_path):
 def test_what_it_takes_is_predicted_from_the_shape(tmp_path):
     small, half = (quantize_onnx.estimate(planned(CONFIG, tmp_path, provider=p), {}) for p in ("cpu", "cuda"))
     assert small.ram_mb >= 900 and small.disk_mb >= half.disk_mb
+
+
+@pytest.mark.parametrize(
+    "package", ["onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"]
+)
+def test_the_package_for_any_provider_is_genai(package, monkeypatch):
+    def version(name):
+        if name != package:
+            raise quantize_onnx.metadata.PackageNotFoundError(name)
+        return "0.18.0"
+
+    monkeypatch.setattr(quantize_onnx.metadata, "version", version)
+    assert quantize_onnx.GENAI.find() == "0.18.0"
+
+
+def test_without_genai_it_says_what_to_install(monkeypatch):
+    def version(name):
+        raise quantize_onnx.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(quantize_onnx.metadata, "version", version)
+    with pytest.raises(SetupError, match="is not installed"):
+        quantize_onnx.GENAI.find()

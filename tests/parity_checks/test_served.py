@@ -181,6 +181,45 @@ def test_noise_that_cannot_be_measured_is_none_and_leaves_nothing_behind(tmp_pat
     assert noise.floor("awq", tmp_path, [[1] * 32], native, VLLM, tmp_path) is None
 
 
+def test_an_onnx_folder_that_cuda_computed_is_held_against_the_cpu_and_not_against_another_accuracy(
+    tmp_path, monkeypatch
+):
+    from edgeft.llamacpp import kernels
+    from edgeft.onnx import session as onnx
+    from edgeft.parity import noise, served
+
+    def logits(ids):
+        return np.random.default_rng(sum(ids)).standard_normal((len(ids), 40)).astype(np.float32)
+
+    class Opened:
+        said, n_vocab = "ONNX Runtime GenAI 0.18.0, CPU (the folder is made for cuda)", 40
+
+        def __init__(self, folder, device):
+            assert device == "cpu"
+
+        def logits(self, ids):
+            return logits(ids) * np.float32(1.01)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(onnx, "Session", Opened)
+    window, native = list(range(32)), tmp_path / "native.f32"
+    speaker = served.Served(type("Cuda", (), {"n_vocab": 40, "logits": staticmethod(logits)})())
+    kernels.remembered(speaker.logits, 1, native)(window)
+    found = noise.floor("onnx", tmp_path, [window], native, "ONNX Runtime GenAI 0.18.0, CUDA", tmp_path)
+    (pair,) = found["pairs"]
+    assert (
+        pair["what"] == "CUDA / CPU"
+        and pair["kernels"] == Opened.said
+        and found["kernels"].endswith(", CUDA")
+    )
+    assert pair["kld"] > 0 and list(tmp_path.iterdir()) == []
+
+
 def test_noise_is_what_two_computations_of_the_same_windows_differ_by(tmp_path, monkeypatch):
     from edgeft.llamacpp import kernels
     from edgeft.parity import noise, served

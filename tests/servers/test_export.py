@@ -169,6 +169,23 @@ def test_an_onnx_folder_comes_with_a_program_instead_of_a_server(served, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("provider", "install"),
+    [
+        ("cpu", "onnxruntime-genai==0.18.0"),
+        ("dml", "onnxruntime-genai-directml==0.18.0"),
+        ("cuda", "onnxruntime-genai-cuda==0.18.0 'onnxruntime-gpu[cuda]' 'nvidia-cublas~=13.0'"),
+    ],
+)
+def test_the_readme_of_an_onnx_folder_says_what_to_install_for_whom_it_is_made(provider, install):
+    from edgeft.export.server import readme_genai
+
+    text = readme_genai(
+        name="m", board="b", label="l", provider=provider, measured="x", image="", numbers={}
+    ).decode()
+    assert f"  pip install {install}\n" in text and ("driver" in text) == (provider == "cuda")
+
+
+@pytest.mark.parametrize(
     ("config", "source", "name"),
     [
         ({"_name_or_path": "/home/somebody/My-Base"}, "", "My-Base"),
@@ -341,3 +358,12 @@ def test_the_program_beside_an_onnx_folder_answers(served, tiny_checkpoint, tmp_
         wanted = session.generate(ids, 64 - len(ids))[0]
     text = genai.Tokenizer(genai.Model(str(source))).decode(wanted)
     assert text and said.stdout == text + "\n"
+    with_cuda = (
+        "import sys, runpy, onnxruntime as rt, onnxruntime_genai as og; og.is_cuda_available = lambda: True;"
+        "rt.preload_dlls = lambda **_: print('Failed to load'); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", with_cuda, folder / "answer.py", "Hello", "there"], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert again.stderr.startswith("Failed to load") and again.returncode == 0, again.stderr
+    assert again.stdout == said.stdout
