@@ -46,7 +46,11 @@ def main() -> None:
         here, there = context.Pipe()
         process = context.Process(target=worker, args=(there, kind, Path(path), given), daemon=True)
         process.start()
-        rows.append({"line": here, "process": process, "kind": kind, "path": Path(path), **here.recv()})
+        there.close()  # so that a worker that ends is heard of
+        try:
+            rows.append({"line": here, "process": process, "kind": kind, "path": Path(path), **here.recv()})
+        except EOFError:
+            parser.error(f"{model} could not be opened; what went wrong stands above")
         print(f"loaded {rows[-1]['said']}", flush=True)
     for _ in range(given.rounds):
         for row in rows:
