@@ -182,6 +182,37 @@ def test_who_insists_on_cuda_is_told_why_there_is_none(built, cannot_compute, mo
 
 
 @pytest.mark.parametrize(
+    ("fixture", "asked"),
+    [("for_cuda", ["append_provider cuda"]), ("built", ["clear_providers", "append_provider cuda"])],
+)
+def test_what_a_folder_says_of_cuda_is_kept_and_any_other_provider_is_not(
+    fixture, asked, request, cannot_compute, monkeypatch
+):
+    import onnxruntime_genai
+
+    calls = []
+
+    class Config:
+        """In place of GenAI's, where no GPU is: keeps what is asked of it."""
+
+        def __init__(self, folder):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *given: calls.append(" ".join([name, *given]))
+
+    def model(config):
+        raise RuntimeError("no GPU here")
+
+    folder = request.getfixturevalue(fixture)  # built with the real ones
+    monkeypatch.setattr(onnxruntime_genai, "Config", Config)
+    monkeypatch.setattr(onnxruntime_genai, "Model", model)
+    with pytest.raises(SetupError, match="no GPU here"):
+        Session(folder, device="cuda")
+    assert calls == asked
+
+
+@pytest.mark.parametrize(
     ("fixture", "said", "ways"),
     [("built", "CPU", "inputs of products in floats / in 8 bits"), ("for_cuda", "CUDA", "CUDA / CPU")],
 )
